@@ -1,0 +1,189 @@
+"""What several operators need: sizes per axis, padding, one N-d convolution, batch-norm folding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchconv._common import check, check_positive
+
+Size = int | Sequence[int]
+Padding = int | Sequence[int] | str
+
+CONV: tuple[type[nn.Module], ...] = (nn.Module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORM: tuple[type[nn.Module], ...] = (nn.Module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVOLVE = (None, F.conv1d, F.conv2d, F.conv3d)
+
+
+def ntuple(argument: str, value: Size, ndim: int, *, least: int = 1) -> tuple[int, ...]:
+    """``value`` as one integer per spatial axis; anything else raises ``ValueError`` naming ``argument``."""
+    items = (value,) * ndim if isinstance(value, int) else tuple(value)
+    ok = len(items) == ndim and all(isinstance(i, int) and not isinstance(i, bool) and i >= least for i in items)
+    check(ok, argument, value, f"must be an integer >= {least} or {ndim} of them, one per spatial axis")
+    return items
+
+
+def resolve_padding(
+    padding: Padding, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Padding as (before, after) per axis.
+
+    "same" gives an output of ceil(length / stride) at any stride, with PyTorch's rule for even extents (the extra
+    element goes after); "valid" is none.
+    """
+    ndim = len(kernel_size)
+    if isinstance(padding, str):
+        check(padding in ("same", "valid"), "padding", padding, "must be 'same', 'valid' or integers")
+        totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel_size, dilation, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in totals)
+    return tuple((p, p) for p in ntuple("padding", padding, ndim, least=0))
+
+
+def check_padding(padding: Padding, ndim: int) -> None:
+    """Refuse a ``padding`` that :func:`resolve_padding` would refuse."""
+    resolve_padding(padding, (1,) * ndim, (1,) * ndim)
+
+
+def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    """Channels are positive and divisible by ``groups``."""
+    check_positive("in_channels", in_channels)
+    check_positive("out_channels", out_channels)
+    check_positive("groups", groups)
+    check(in_channels % groups == 0, "groups", groups, f"must divide in_channels={in_channels}")
+    check(out_channels % groups == 0, "groups", groups, f"must divide out_channels={out_channels}")
+
+
+def check_depthwise(in_channels: int, out_channels: int | None, groups: int | None, name: str) -> None:
+    """An operator on single channels: as many outputs as inputs, ``groups`` unset or equal to the channels."""
+    check_positive("in_channels", in_channels)
+    remedy = f"{name} keeps the number of channels ({in_channels}); follow it with a 1×1 convolution to change it"
+    check(out_channels in (None, in_channels), "out_channels", out_channels, remedy)
+    remedy = f"{name} is depthwise: leave groups unset or give in_channels={in_channels}"
+    check(groups in (None, in_channels), "groups", groups, remedy)
+
+
+def check_unit(argument: str, value: Size, ndim: int, name: str, remedy: str) -> None:
+    """Refuse a stride or dilation other than 1."""
+    check(set(ntuple(argument, value, ndim)) == {1}, argument, value, f"{name} works at {argument} 1; {remedy}")
+
+
+def check_same(padding: Padding, kernel_size: Sequence[int], name: str, dilation: Sequence[int] | None = None) -> None:
+    """Refuse a padding other than "same" (as a word or as the equal integers)."""
+    dilation = dilation or (1,) * len(kernel_size)
+    same = resolve_padding("same", kernel_size, dilation)
+    ok = padding == "same" or (padding != "valid" and resolve_padding(padding, kernel_size, dilation) == same)
+    check(ok, "padding", padding, f"{name} keeps the size of the map: use padding='same'")
+
+
+def check_odd(kernel_size: Sequence[int], name: str) -> None:
+    """Refuse an even kernel size."""
+    odd = all(k % 2 for k in kernel_size)
+    check(odd, "kernel_size", tuple(kernel_size), f"{name} needs odd sizes, which have a centre; use the next odd size")
+
+
+def check_input(x: Tensor, channels: int, ndim: int) -> None:
+    """The input has a batch axis, the module's channels and ``ndim`` spatial axes."""
+    if x.dim() != ndim + 2 or x.shape[1] != channels:
+        axes = ", ".join(("N", f"{channels}", *("D", "H", "W")[3 - ndim :]))
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected ({axes})")
+
+
+def conv_nd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """N-d cross-correlation, N from the weight's shape; ``padding`` as in :func:`resolve_padding`."""
+    ndim = weight.dim() - 2
+    dilations = ntuple("dilation", dilation, ndim)
+    pads = resolve_padding(padding, weight.shape[2:], dilations)
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    if mode != "constant" or any(a != b for a, b in pads):
+        x = F.pad(x, [p for pair in reversed(pads) for p in pair], mode=mode)
+        pads = ((0, 0),) * ndim
+    convolve: Any = _CONVOLVE[ndim]
+    return convolve(x, weight, bias, ntuple("stride", stride, ndim), tuple(a for a, _ in pads), dilations, groups)
+
+
+def make_conv(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> nn.Module:
+    """A plain ``nn.ConvNd`` that owns copies of ``weight`` (out, in/groups, \\*kernel) and ``bias``.
+
+    Where ``nn.ConvNd`` cannot say the padding (uneven "same" with a stride), the kernel is widened by one zero tap in
+    front on that axis, which makes the padding even.
+    """
+    ndim = weight.dim() - 2
+    dilations, strides = ntuple("dilation", dilation, ndim), ntuple("stride", stride, ndim)
+    pads = resolve_padding(padding, weight.shape[2:], dilations)
+    weight = weight.detach()
+    word: Any = tuple(a for a, _ in pads)
+    uneven = [a != b for a, b in pads]
+    if any(uneven) and set(strides) == {1}:
+        word = "same"
+    elif any(uneven):
+        weight, dilations = dilate_kernel(weight, dilations), (1,) * ndim
+        weight = F.pad(weight, [p for u in reversed(uneven) for p in (int(u), 0)])
+        word = tuple(after if u else before for (before, after), u in zip(pads, uneven, strict=True))
+    conv = CONV[ndim](
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        stride=strides,
+        padding=word,
+        dilation=dilations,
+        groups=groups,
+        bias=bias is not None,
+        padding_mode=padding_mode,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        if bias is not None:
+            conv.bias.copy_(bias)
+    return conv.train(False)
+
+
+def dilate_kernel(weight: Tensor, dilation: Size) -> Tensor:
+    """The dense kernel of extent d·(k−1)+1 that equals ``weight`` at ``dilation``: zeros between the taps."""
+    ndim = weight.dim() - 2
+    dilations = ntuple("dilation", dilation, ndim)
+    if set(dilations) == {1}:
+        return weight
+    extents = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
+    dense = weight.new_zeros(*weight.shape[:2], *extents)
+    dense[(..., *(slice(None, None, d) for d in dilations))] = weight
+    return dense
+
+
+def fold_bn(weight: Tensor, bias: Tensor | None, bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the batch norm after it folded in (running statistics).
+
+    W' = W·γ/√(σ²+ε), b' = β + (b − μ)·γ/√(σ²+ε), over the output channels.
+    """
+    running_mean, running_var, eps = bn.running_mean, bn.running_var, bn.eps
+    check(isinstance(running_mean, Tensor), "bn", bn, "has no running statistics, so it cannot be folded")
+    assert isinstance(running_mean, Tensor) and isinstance(running_var, Tensor) and isinstance(eps, float)
+    scale = torch.rsqrt(running_var + eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight  # type: ignore[operator]
+    shift = -running_mean * scale if bias is None else (bias - running_mean) * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias  # type: ignore[operator]
+    return (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).detach(), shift.detach()
