@@ -13,9 +13,10 @@ from torchconv._common import check, check_positive
 
 Size = int | Sequence[int]
 Padding = int | Sequence[int] | str
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
-CONV: tuple[type[nn.Module], ...] = (nn.Module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORM: tuple[type[nn.Module], ...] = (nn.Module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONV: tuple[Any, ...] = (nn.Module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORM: tuple[Any, ...] = (nn.Module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLVE = (None, F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -140,7 +141,7 @@ def make_conv(
         weight, dilations = dilate_kernel(weight, dilations), (1,) * ndim
         weight = F.pad(weight, [p for u in reversed(uneven) for p in (int(u), 0)])
         word = tuple(after if u else before for (before, after), u in zip(pads, uneven, strict=True))
-    conv = CONV[ndim](
+    conv: nn.Module = CONV[ndim](
         weight.shape[1] * groups,
         weight.shape[0],
         tuple(weight.shape[2:]),
@@ -153,11 +154,9 @@ def make_conv(
         device=weight.device,
         dtype=weight.dtype,
     )
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        if bias is not None:
-            conv.bias.copy_(bias)
-    return conv.train(False)
+    state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias.detach()}
+    conv.load_state_dict(state)
+    return conv.eval()
 
 
 def dilate_kernel(weight: Tensor, dilation: Size) -> Tensor:
@@ -168,22 +167,24 @@ def dilate_kernel(weight: Tensor, dilation: Size) -> Tensor:
         return weight
     extents = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
     dense = weight.new_zeros(*weight.shape[:2], *extents)
-    dense[(..., *(slice(None, None, d) for d in dilations))] = weight
+    steps: tuple[Any, ...] = tuple(slice(None, None, d) for d in dilations)
+    dense[(slice(None), slice(None), *steps)] = weight
     return dense
 
 
-def fold_bn(weight: Tensor, bias: Tensor | None, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def fold_bn(weight: Tensor, bias: Tensor | None, bn: BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the batch norm after it folded in (running statistics).
 
     W' = W·γ/√(σ²+ε), b' = β + (b − μ)·γ/√(σ²+ε), over the output channels.
     """
-    running_mean, running_var, eps = bn.running_mean, bn.running_var, bn.eps
-    check(isinstance(running_mean, Tensor), "bn", bn, "has no running statistics, so it cannot be folded")
-    assert isinstance(running_mean, Tensor) and isinstance(running_var, Tensor) and isinstance(eps, float)
+    running_mean, running_var = bn.running_mean, bn.running_var
+    if running_mean is None or running_var is None:
+        raise ValueError(f"bn={bn}: has no running statistics, so it cannot be folded")
+    eps = bn.eps
     scale = torch.rsqrt(running_var + eps)
     if bn.weight is not None:
-        scale = scale * bn.weight  # type: ignore[operator]
+        scale = scale * bn.weight
     shift = -running_mean * scale if bias is None else (bias - running_mean) * scale
     if bn.bias is not None:
-        shift = shift + bn.bias  # type: ignore[operator]
+        shift = shift + bn.bias
     return (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).detach(), shift.detach()

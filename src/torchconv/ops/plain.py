@@ -4,8 +4,8 @@
   k^n · C_in/g · C_out parameters, as many multiply-adds per output position.
 - ``depthwise``: one kernel a channel (groups = channels), k^n · C parameters. Space only.
 - ``separable``: depthwise k × k, then 1 × 1 over channels (Sifre 2014; Chollet 2017, arXiv 1610.02357), without a
-  nonlinearity between: k^n · C_in + C_in · C_out parameters for the reach of a dense kernel of rank one per channel pair.
-- ``dilated``: taps ``dilation`` apart (à trous; Yu & Koltun 2016, arXiv 1511.07122), extent d(k−1)+1 at the price of k.
+  nonlinearity between: k^n · C_in + C_in · C_out parameters.
+- ``dilated``: taps ``dilation`` apart (à trous; Yu & Koltun 2016, arXiv 1511.07122), extent d(k−1)+1.
 """
 
 from __future__ import annotations
