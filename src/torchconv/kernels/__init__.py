@@ -1,0 +1,26 @@
+"""How operators are computed fast: functions on tensors, no modules.
+
+``from torchconv.kernels import adaptive_conv2d`` loads only the file that holds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "adaptive_conv": "adaptive",
+    "adaptive_conv2d": "adaptive",
+}
+
+__all__ = ["adaptive_conv", "adaptive_conv2d"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"torchconv.kernels.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'torchconv.kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,246 @@
+"""Aggregation with a kernel of its own at every position (the small-kernel aggregation of LSNet, arXiv 2503.23135).
+
+out[n, c, i] = Σ_t weight[n, c mod G, t, i] · x[n, c, i + t − p], zero outside the map, p = (k − 1)/2 on each axis.
+
+Channel c uses weight channel **c mod G**. Cost: k^d · N · C · positions multiply-adds; the weights are read once for
+each channel that shares them. Gradients, with g the gradient of out:
+
+- x: Σ_t weight[n, c mod G, t, a − t + p] · g[n, c, a − t + p] (the same sum with mirrored taps);
+- weight: Σ over the channels c = γ (mod G) of x[n, c, i + t − p] · g[n, c, i].
+
+All three are k^d shifted multiply-adds into one buffer, so that nothing of size N · C · k^d · positions is ever made,
+forward or backward. Eager PyTorch runs them in place (a third of the time of letting autograd differentiate the sum);
+under ``torch.compile``, ``torch.export`` and ``torch.func`` the sum is written in ordinary operators, which the
+compiler fuses and exporters know.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchconv._common import check
+from torchconv.catalog import part
+
+_HALF = (torch.float16, torch.bfloat16)
+_Index = tuple[Any, ...]
+
+
+def _taps(kernel: tuple[int, ...], size: tuple[int, ...]) -> Iterator[tuple[int, _Index, _Index]]:
+    """For each tap, the centre first: its number, where it lands in the output, where it reads from the input."""
+    axes = []
+    for k, length in zip(kernel, size, strict=True):
+        spans = []
+        for shift in range(-((k - 1) // 2), (k - 1) // 2 + 1):
+            # A tap that reaches beyond a short map has an empty span.
+            before, after = min(max(0, -shift), length), min(max(0, shift), length)
+            spans.append((slice(before, length - after), slice(after, length - before)))
+        axes.append(spans)
+    taps = list(enumerate(itertools.product(*axes)))
+    middle = len(taps) // 2
+    for number, tap in (taps[middle], *taps[:middle], *taps[middle + 1 :]):
+        yield number, (..., *(out for out, _ in tap)), (..., *(source for _, source in tap))
+
+
+def _shared(x: Tensor, weight_channels: int) -> Iterator[tuple[Tensor, int]]:
+    """``x`` as views (N, repeats, G', \\*size) whose channel axis G' lines up with the first G' weight channels.
+
+    One view of the whole multiples of G channels and, where G does not divide C, one of the channels left over.
+    """
+    repeats, rest = divmod(x.shape[1], weight_channels)
+    whole = repeats * weight_channels
+    if repeats:
+        yield x[:, :whole].unflatten(1, (repeats, weight_channels)), weight_channels
+    if rest:
+        yield x[:, whole:].unsqueeze(1), rest
+
+
+def _spread(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool = False) -> Tensor:
+    """The aggregation, or with ``mirrored`` its transpose (the gradient of x)."""
+    blocks = []
+    for source, used in _shared(x, weight.shape[1]):
+        taps = _taps(kernel, tuple(x.shape[2:]))
+        number, _, _ = next(taps)  # the centre covers the whole map, so it makes the buffer
+        out = weight[:, :used, number].unsqueeze(1) * source
+        for number, at, reads in taps:
+            w = weight[:, :used, number].unsqueeze(1)[at]
+            if mirrored:
+                out[reads].addcmul_(w, source[at])
+            else:
+                out[at].addcmul_(w, source[reads])
+        blocks.append(out.flatten(1, 2))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    out = torch.zeros_like(weight)
+    groups = weight.shape[1]
+    for (g, used), (source, _) in zip(_shared(grad, groups), _shared(x, groups), strict=True):
+        for number, at, reads in _taps(kernel, tuple(x.shape[2:])):
+            out[:, :used, number][at].add_((g[at] * source[reads]).sum(1))
+    return out
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A contiguous copy where needed, in float32 at least.
+
+    On channels-last tensors the in-place sums take longer than copying them to rows and the result back.
+    """
+    wide = torch.float32 if tensor.dtype in _HALF else tensor.dtype
+    return tensor.to(wide, memory_format=torch.contiguous_format).contiguous()
+
+
+def _aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool = False) -> Tensor:
+    out = _spread(_rows(x), _rows(weight), kernel, mirrored).to(x.dtype)
+    return out.contiguous(memory_format=_channels_last(x)) if _is_channels_last(x) else out
+
+
+class _Aggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        ctx.kernel = kernel
+        return _aggregate(x, weight, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        dx = _aggregate(grad, weight, ctx.kernel, True) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = _weight_gradient(_rows(grad), _rows(x), _rows(weight), ctx.kernel).to(weight.dtype)
+        return dx, dw, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        x, weight = ctx.saved_tensors
+        dx, dw, _ = tangents
+        if dw is None:
+            return _aggregate(dx, weight, ctx.kernel)
+        by_weight = _aggregate(x, dw, ctx.kernel)
+        return by_weight if dx is None else by_weight + _aggregate(dx, weight, ctx.kernel)
+
+
+def _channels_last(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Channels vary fastest in memory, and saying so is not ambiguous (one channel, one position)."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=_channels_last(x))
+
+
+def _composite(x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The aggregation in ordinary operators on a zero-padded map."""
+    dtype, wide = x.dtype, torch.float32 if x.dtype in _HALF else x.dtype
+    size = x.shape[2:]
+    padded = F.pad(x.to(wide), [(k - 1) // 2 for k in reversed(kernel) for _ in range(2)])
+    weight = weight.to(wide)
+    blocks = []
+    for source, used in _shared(padded, weight.shape[1]):
+        total: Tensor | None = None
+        for number, offset in enumerate(itertools.product(*(range(k) for k in kernel))):
+            shifted = source
+            for axis, (begin, length) in enumerate(zip(offset, size, strict=True), start=3):
+                shifted = shifted.narrow(axis, begin, length)
+            term = weight[:, :used, number].unsqueeze(1) * shifted
+            total = term if total is None else total + term
+        assert total is not None
+        blocks.append(total.flatten(1, 2))
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).to(dtype)
+
+
+def _in_ordinary_operators() -> bool:
+    """Someone wants to see through the sum: a compiler, an exporter, a tracer or a ``torch.func`` transform."""
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+
+
+@part(
+    "adaptive_conv",
+    paper="lsnet",
+    kind="kernel",
+    dims=(1, 2, 3),
+    keywords="small kernel aggregation SKA dynamic per position involution local",
+)
+def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None = None) -> Tensor:
+    """Aggregate a small neighbourhood with a kernel given for every position and channel group.
+
+    out[n, c, i] = Σ_t weight[n, c mod G, t, i] · x[n, c, i + t − p], zero outside the map.
+
+    Args:
+        x: the map. Half precision is accumulated in float32.
+        weight: the kernels, taps in row-major order; C need not be a multiple of G (nor G at most C).
+        kernel_size: odd sizes, one per axis, whose product is the number of taps; by default the same on each axis.
+
+    Shape:
+        x (N, C, \\*size), weight (N, G, taps, \\*size) → (N, C, \\*size), one to three spatial axes. The result has
+        x's memory format and the wider of the two types.
+
+    Raises:
+        ValueError: shapes do not fit, or kernel_size has an even entry or another number of taps.
+
+    Example:
+        >>> x = torch.arange(4.0).reshape(1, 1, 4)
+        >>> right = torch.tensor([0.0, 0.0, 1.0]).reshape(1, 1, 3, 1).expand(1, 1, 3, 4)
+        >>> adaptive_conv(x, right)
+        tensor([[[1., 2., 3., 0.]]])
+
+    Reference: Wang et al., "LSNet: See Large, Focus Small", arXiv 2503.23135.
+    """
+    ndim = x.dim() - 2
+    if ndim not in (1, 2, 3):
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, *size) with one to three spatial axes")
+    fits = weight.dim() == ndim + 3 and weight.shape[0] == x.shape[0] and weight.shape[3:] == x.shape[2:]
+    if not fits or weight.shape[1] < 1:
+        expected = f"({x.shape[0]}, G, taps, {', '.join(map(str, x.shape[2:]))})"
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected {expected} for x {tuple(x.shape)}")
+    taps = int(weight.shape[2])
+    if kernel_size is None:
+        side = round(taps ** (1 / ndim))
+        remedy = f"its taps axis must hold k^{ndim} of them, k odd; give kernel_size for another form"
+        check(side**ndim == taps and side % 2 == 1, "weight.shape", tuple(weight.shape), remedy)
+        kernel_size = (side,) * ndim
+    else:
+        kernel_size = tuple(kernel_size)
+        product = 1
+        for k in kernel_size:
+            product *= k
+        ok = len(kernel_size) == ndim and product == taps and all(k % 2 for k in kernel_size)
+        check(ok, "kernel_size", kernel_size, f"must be {ndim} odd sizes with product {taps}, the taps of weight")
+    if x.dtype != weight.dtype:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if _in_ordinary_operators():
+        return _composite(x, weight, kernel_size)
+    out: Tensor = _Aggregate.apply(x, weight, kernel_size)
+    return out
+
+
+def adaptive_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """Small-kernel aggregation on images: :func:`adaptive_conv` with two spatial axes and a square kernel.
+
+    out[n, c, i, j] = Σ_{u,v} weight[n, c mod G, u·k + v, i, j] · x[n, c, i + u − p, j + v − p].
+
+    Shape:
+        x (N, C, H, W), weight (N, G, k·k, H, W) → (N, C, H, W), k odd.
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> adaptive_conv2d(torch.ones(1, 4, 5, 5), torch.ones(1, 2, 9, 5, 5))[0, 0, 0]
+        tensor([4., 6., 6., 6., 4.])
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, H, W)")
+    return adaptive_conv(x, weight)
