@@ -1,0 +1,204 @@
+"""ConvNeXt-DCLS: ConvNeXt whose depthwise convolutions learn where their weights stand (arXiv 2112.03740, Section 4).
+
+Every 7 × 7 depthwise convolution of ConvNeXt becomes a DCLS layer of size 17 with "same" padding. The positions (and
+widths, for the Gaussian version) are shared by all blocks of a stage, so a network has as many parameters as the plain
+one. Parameters: T 28,587,688, S 50,217,064, B 88,582,632. Names are those of the authors' checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchconv._common import check, check_choice
+from torchconv.ops.dcls import DCLSConv2d, share_positions
+
+
+class ChannelsFirstNorm(nn.LayerNorm):
+    """Layer norm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each position over its channels."""
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
+
+
+class Block(nn.Module):
+    """DCLS → layer norm → linear to 4C → GELU → linear → layer scale, added to the input.
+
+    Args:
+        dim: channels C.
+        kernel_size, kernel_count, version: of the DCLS layer.
+        drop_path: probability that a sample skips the block in training, in [0, 1).
+        layer_scale_init_value: start of the layer scale ``gamma``; 0 leaves it out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 17,
+        kernel_count: int = 34,
+        version: str = "v0",
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.dwconv = DCLSConv2d(
+            dim,
+            dim,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=dim,
+            kernel_count=kernel_count,
+            version=version,
+            axis_order="official",
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        scale = torch.full((dim,), layer_scale_init_value)
+        self.gamma = nn.Parameter(scale) if layer_scale_init_value > 0 else None
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → the same shape."""
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        y = self.pwconv2(self.act(self.pwconv1(y)))
+        if self.gamma is not None:
+            y = self.gamma * y
+        y = y.permute(0, 3, 1, 2)
+        if self.training and self.drop_path > 0:
+            keep = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_path)
+            y = y * keep / (1 - self.drop_path)
+        return x + y
+
+
+class ConvNeXtDCLS(nn.Module):
+    """ConvNeXt with DCLS depthwise convolutions, positions shared within a stage.
+
+    Args:
+        in_chans, num_classes: input channels and classes.
+        depths, dims: blocks and channels of the stages.
+        drop_path_rate: probability of skipping the last block, rising linearly from 0.
+        layer_scale_init_value: start of the layer scale; 0 leaves it out.
+        head_init_scale: factor on the classifier's initial weights.
+        dcls_kernel_size: S, odd.
+        dcls_kernel_count: m, weights a channel.
+        version: window of the DCLS layers, "v0" (the paper) or "gauss" (its sequel, with S = 23 and m = 26).
+
+    Shape:
+        (N, in_chans, H, W) → (N, num_classes), H and W at least 4 · 2^(stages − 1).
+
+    Raises:
+        ValueError: ``dcls_kernel_size`` is even, or ``depths`` and ``dims`` differ in length.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        dcls_kernel_size: int = 17,
+        dcls_kernel_count: int = 34,
+        version: str = "v0",
+    ) -> None:
+        super().__init__()
+        odd = "must be odd, so that the residual keeps its size"
+        check(dcls_kernel_size % 2 == 1, "dcls_kernel_size", dcls_kernel_size, odd)
+        check(len(depths) == len(dims), "depths", depths, f"give one number for each of dims={tuple(dims)}")
+        self.downsample_layers = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        before = in_chans
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            if i == 0:
+                layers = [nn.Conv2d(before, dim, 4, stride=4), ChannelsFirstNorm(dim, eps=1e-6)]
+            else:
+                layers = [ChannelsFirstNorm(before, eps=1e-6), nn.Conv2d(before, dim, 2, stride=2)]
+            self.downsample_layers.append(nn.Sequential(*layers))
+            own, rates = rates[:depth], rates[depth:]
+            options = (dcls_kernel_size, dcls_kernel_count, version)
+            stage = nn.Sequential(*[Block(dim, *options, rate, layer_scale_init_value) for rate in own])
+            self.stages.append(share_positions(stage))
+            before = dim
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.head = nn.Linear(dims[-1], num_classes)
+        self.apply(self._init_weights)
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
+            self.head.bias.mul_(head_init_scale)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear | DCLSConv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The feature map of the last stage, (N, dims[-1], H/32, W/32) for four stages."""
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the map, layer norm and, unless ``pre_logits``, the classifier."""
+        x = self.norm(x.mean((-2, -1)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def merge(self) -> nn.Module:
+        """The same network for inference with plain depthwise convolutions."""
+        merged = copy.deepcopy(self).eval()
+        for module in merged.modules():
+            if isinstance(module, Block):
+                module.dwconv = module.dwconv.merge()  # type: ignore[assignment]
+        return merged
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "convnext_dcls_mini": {
+        "depths": (1, 1, 1, 1),
+        "dims": (16, 24, 32, 48),
+        "dcls_kernel_size": 7,
+        "dcls_kernel_count": 10,
+    },
+    "convnext_dcls_tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
+    "convnext_dcls_small": {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768), "dcls_kernel_count": 40},
+    "convnext_dcls_base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), "dcls_kernel_count": 40},
+    "convnext_dcls_gauss_tiny": {
+        "depths": (3, 3, 9, 3),
+        "dims": (96, 192, 384, 768),
+        "dcls_kernel_size": 23,
+        "dcls_kernel_count": 26,
+        "version": "gauss",
+    },
+}
+
+
+def convnext_dcls(variant: str = "convnext_dcls_tiny", **options: Any) -> ConvNeXtDCLS:
+    """A named ConvNeXt-DCLS; ``options`` override the variant's.
+
+    Args:
+        variant: a key of ``VARIANTS``.
+
+    Example:
+        >>> convnext_dcls("convnext_dcls_mini", num_classes=10)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+    check_choice("variant", variant, VARIANTS)
+    return ConvNeXtDCLS(**{**VARIANTS[variant], **options})
