@@ -1,0 +1,337 @@
+"""LSNet: a lightweight backbone of large-small convolutions, with attention on its smallest map.
+
+Wang, Chen, Lin, Han, Ding 2025, "LSNet: See Large, Focus Small", arXiv 2503.23135 (CVPR 2025).
+
+Stem of three strided convolutions (stride 8), four stages with strides 8, 16, 32, 64. A block is a mixer and a
+feed-forward part. Even blocks mix with a re-parameterisable 3 × 3 depthwise convolution and a squeeze-excite gate; odd
+ones with a large-small convolution, in the fourth stage with attention.
+
+| variant | parameters | merged     | MACs at 224 |
+|---------|------------|------------|-------------|
+| t       | 11,409,832 | 11,370,488 | 0.32 G      |
+| s       | 16,146,304 | 16,098,232 | 0.54 G      |
+| b       | 23,313,608 | 23,249,320 | 1.24 G      |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchconv._common import check, check_positive
+from torchconv.catalog import part
+from torchconv.ops._common import Size, make_conv, ntuple
+from torchconv.ops.lsnet import ConvBN, LSConv2d
+
+
+class RepVGGDW(nn.Module):
+    """A 3 × 3 and a 1 × 1 depthwise convolution, each with a batch norm, and the identity, summed.
+
+    Args:
+        channels: C ≥ 1.
+
+    Shape:
+        (N, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        self.conv = ConvBN(channels, channels, 3, padding=1, groups=channels)
+        self.conv1 = ConvBN(channels, channels, 1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of the three branches."""
+        y: Tensor = self.conv(x) + self.conv1(x) + x
+        return y
+
+    def merge(self) -> nn.Module:
+        """One 3 × 3 depthwise convolution with bias: the 1 × 1 branch and the identity sit in its centre tap."""
+        kernel, bias = self.conv.folded(torch.float64)
+        point, shift = self.conv1.folded(torch.float64)
+        kernel = kernel + F.pad(point + 1, (1, 1, 1, 1))
+        dtype = self.conv.c.weight.dtype
+        return make_conv(kernel.to(dtype), (bias + shift).to(dtype), padding=1, groups=kernel.shape[0])
+
+
+class Attention(nn.Module):
+    """Multi-head attention on a small map of fixed size, with a learned bias for each offset |Δy|, |Δx|.
+
+    softmax(qᵀk / √d + bias) applied to v; q passes a 3 × 3 depthwise convolution first; ReLU and a 1 × 1 convolution
+    follow.
+
+    Args:
+        dim: C.
+        key_dim: d, channels of a head's queries and keys.
+        num_heads: heads.
+        attn_ratio: values have int(attn_ratio · d) channels a head.
+        resolution: size of the map, int or (H, W).
+
+    Shape:
+        (N, C, H, W) → the same.
+
+    Raises:
+        ValueError: an argument is out of range, or the map has another size.
+    """
+
+    def __init__(
+        self, dim: int, key_dim: int = 16, num_heads: int = 8, attn_ratio: float = 4.0, resolution: Size = 14
+    ) -> None:
+        super().__init__()
+        check_positive("dim", dim)
+        check_positive("key_dim", key_dim)
+        check_positive("num_heads", num_heads)
+        value_dim = int(attn_ratio * key_dim)
+        check(value_dim >= 1, "attn_ratio", attn_ratio, f"leaves no value channels with key_dim={key_dim}")
+        self.key_dim, self.num_heads, self.value_dim = key_dim, num_heads, value_dim
+        self.resolution = height, width = ntuple("resolution", resolution, 2)
+        queries, values = key_dim * num_heads, value_dim * num_heads
+        self.qkv = ConvBN(dim, 2 * queries + values)
+        self.proj = nn.Sequential(nn.ReLU(), ConvBN(values, dim, bn_weight=0.0))
+        self.dw = ConvBN(queries, queries, 3, padding=1, groups=queries)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, height * width))
+        rows = torch.arange(height).repeat_interleave(width)
+        columns = torch.arange(width).repeat(height)
+        offsets = (rows[:, None] - rows).abs() * width + (columns[:, None] - columns).abs()
+        self.attention_bias_idxs: Tensor
+        self.register_buffer("attention_bias_idxs", offsets)
+
+    def param_options(self) -> dict[str, dict[str, float]]:
+        """The biases are not decayed."""
+        return {"attention_biases": {"weight_decay": 0.0}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over all positions."""
+        if tuple(x.shape[2:]) != self.resolution:
+            size = "×".join(map(str, self.resolution))
+            raise ValueError(f"x of shape {tuple(x.shape)}: the attention biases are for maps of {size}; set img_size")
+        queries, values = self.key_dim * self.num_heads, self.value_dim * self.num_heads
+        q, k, v = self.qkv(x).split([queries, queries, values], 1)
+        q, k, v = (t.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3) for t in (self.dw(q), k, v))
+        # Gathered anew in each call: a cached table would miss weights loaded later and the gradient in eval mode.
+        bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out: Tensor = self.proj(y.transpose(2, 3).flatten(1, 2).unflatten(2, self.resolution))
+        return out
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: the means over space pass two 1 × 1 convolutions and a sigmoid.
+
+    Args:
+        channels: C; inner channels are C/4 rounded to a multiple of 8, at least 8.
+
+    Shape:
+        (N, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(8, int(channels * 0.25 + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(channels, inner, 1)
+        self.fc2 = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each channel."""
+        means = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(means))))
+
+
+class Residual(nn.Module):
+    """x + m(x)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.m = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the branch."""
+        y: Tensor = x + self.m(x)
+        return y
+
+
+class FeedForward(nn.Module):
+    """1 × 1 convolution to ``hidden`` channels, ReLU, and back; the last batch norm starts at scale 0."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.pw1 = ConvBN(channels, hidden)
+        self.pw2 = ConvBN(hidden, channels, bn_weight=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both layers."""
+        y: Tensor = self.pw2(F.relu(self.pw1(x)))
+        return y
+
+
+class Block(nn.Module):
+    """Mixer, gate (even blocks), feed-forward part.
+
+    Args:
+        dim: channels.
+        index: depth in the stage: even blocks mix with :class:`RepVGGDW`, odd ones with ``mixer``.
+        mixer: builds the odd blocks' mixer.
+    """
+
+    def __init__(self, dim: int, index: int, mixer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        even = index % 2 == 0
+        self.mixer = RepVGGDW(dim) if even else mixer()
+        self.se = SqueezeExcite(dim) if even else nn.Identity()
+        self.ffn = Residual(FeedForward(dim, 2 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        y: Tensor = self.ffn(self.se(self.mixer(x)))
+        return y
+
+
+class Head(nn.Module):
+    """Batch norm and a linear classifier."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(channels)
+        self.l = nn.Linear(channels, num_classes)
+        nn.init.trunc_normal_(self.l.weight, std=0.02)
+        nn.init.zeros_(self.l.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the features (N, C)."""
+        y: Tensor = self.l(self.bn(x))
+        return y
+
+    def merge(self) -> nn.Linear:
+        """One linear layer, exact for the running statistics."""
+        bn, linear = copy.deepcopy(self.bn).double(), copy.deepcopy(self.l).double()
+        assert bn.running_var is not None
+        assert bn.running_mean is not None
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        shift = bn.bias - bn.running_mean * scale
+        with torch.no_grad():
+            linear.bias.add_(linear.weight @ shift)
+            linear.weight.mul_(scale)
+        return linear.to(self.l.weight.dtype).eval()
+
+
+@part(
+    "lsnet_network",
+    paper="lsnet",
+    kind="model",
+    dims=(2,),
+    merges="self",
+    keywords="LSNet lightweight backbone classifier edge real time",
+)
+class LSNet(nn.Module):
+    """LSNet classifier.
+
+    Args:
+        dims, depths: channels and blocks of each stage; a depth may be 0.
+        num_heads, key_dim: of each stage's attention; only the fourth stage has any.
+        num_classes: logits.
+        in_channels: channels of the image.
+        img_size: size of the images, int or (H, W): the attention's biases belong to one size.
+        patch_size: stride of the stem as far as ``img_size`` is concerned; 8.
+        distillation: a second classifier ``head_dist``; in training both logits are returned, in eval their mean.
+
+    Shape:
+        (N, in_channels, H, W) → (N, num_classes).
+
+    Raises:
+        ValueError: stage lists of different lengths, or images of another size.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 384),
+        depths: Sequence[int] = (0, 2, 8, 10),
+        num_heads: Sequence[int] = (3, 3, 3, 4),
+        key_dim: Sequence[int] = (16, 16, 16, 16),
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        img_size: Size = 224,
+        patch_size: int = 8,
+        distillation: bool = False,
+    ) -> None:
+        super().__init__()
+        stages = len(dims)
+        for name, values in (("depths", depths), ("num_heads", num_heads), ("key_dim", key_dim)):
+            check(len(values) == stages, name, tuple(values), f"needs one entry a stage, as dims has ({stages})")
+        check(dims[0] >= 4, "dims", tuple(dims), "the stem starts with a quarter of the first: at least 4")
+        quarter, half = dims[0] // 4, dims[0] // 2
+        self.patch_embed = nn.Sequential(
+            ConvBN(in_channels, quarter, 3, 2, 1),
+            nn.ReLU(),
+            ConvBN(quarter, half, 3, 2, 1),
+            nn.ReLU(),
+            ConvBN(half, dims[0], 3, 2, 1),
+        )
+        size = tuple(s // patch_size for s in ntuple("img_size", img_size, 2))
+        self.stages = stages
+        for stage, dim in enumerate(dims):
+            layers: list[nn.Module] = []
+            if stage:
+                previous = dims[stage - 1]
+                layers += [ConvBN(previous, previous, 3, 2, 1, groups=previous), ConvBN(previous, dim)]
+                size = tuple((s - 1) // 2 + 1 for s in size)
+            heads, keys = num_heads[stage], key_dim[stage]
+            mixer: Callable[[], nn.Module] = partial(LSConv2d, dim)
+            if stage == 3:
+                mixer = partial(_attention, dim, keys, heads, dim / (keys * heads), size)
+            layers += [Block(dim, index, mixer) for index in range(depths[stage])]
+            setattr(self, f"blocks{stage + 1}", nn.Sequential(*layers))
+        self.head: nn.Module = Head(dims[-1], num_classes)
+        self.head_dist: nn.Module | None = Head(dims[-1], num_classes) if distillation else None
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map (N, dims[-1], H/64, W/64)."""
+        x = self.patch_embed(x)
+        for stage in range(self.stages):
+            x = getattr(self, f"blocks{stage + 1}")(x)
+        return x
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits; in training with distillation the pair (head, head_dist)."""
+        features = self.forward_features(x).mean((2, 3))
+        if self.head_dist is None:
+            return self.head(features)
+        both = self.head(features), self.head_dist(features)
+        return both if self.training else (both[0] + both[1]) / 2
+
+    def merge(self) -> LSNet:
+        """The inference form: every batch norm folded away, branches and the two classifiers joined."""
+        merged = copy.deepcopy(self).eval()
+        if isinstance(self.head, Head) and isinstance(self.head_dist, Head):
+            first, second = self.head.merge(), self.head_dist.merge()
+            with torch.no_grad():
+                first.weight.add_(second.weight).div_(2)
+                first.bias.add_(second.bias).div_(2)
+            merged.head, merged.head_dist = first, None
+        _merge_children(merged)
+        return merged
+
+
+def _attention(dim: int, key_dim: int, num_heads: int, ratio: float, resolution: tuple[int, ...]) -> nn.Module:
+    return Residual(Attention(dim, key_dim, num_heads, ratio, resolution))
+
+
+def _merge_children(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        merge = getattr(child, "merge", None)
+        if callable(merge):
+            setattr(module, name, merge())
+        else:
+            _merge_children(child)
+
+
+lsnet_t = partial(LSNet, (64, 128, 256, 384), (0, 2, 8, 10))
+lsnet_s = partial(LSNet, (96, 192, 320, 448), (1, 2, 8, 10))
+lsnet_b = partial(LSNet, (128, 256, 384, 512), (4, 6, 8, 10))
+
+VARIANTS: dict[str, Callable[..., LSNet]] = {"lsnet_t": lsnet_t, "lsnet_s": lsnet_s, "lsnet_b": lsnet_b}
