@@ -119,7 +119,8 @@ class ConvNeXtDCLS(nn.Module):
         check(len(depths) == len(dims), "depths", depths, f"give one number for each of dims={tuple(dims)}")
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        blocks = sum(depths)
+        rates = [drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)]
         before = in_chans
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             if i == 0:
