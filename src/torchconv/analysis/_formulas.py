@@ -23,9 +23,9 @@ Formula = Callable[[Mapping[str, Any]], Work]
 NO_ARITHMETIC = frozenset(
     """
     clone contiguous copy _to_copy to detach alias lift lift_fresh lift_fresh_copy resolve_conj resolve_neg _conj
-    _neg_view _conj_physical conj_physical complex view_as_real_copy set resize as_strided as_strided_scatter empty empty_like
-    empty_strided empty_permuted new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like ones
-    ones_like full full_like fill zero scalar_tensor eye arange linspace logspace tril triu tril_indices
+    _neg_view _conj_physical conj_physical complex view_as_real_copy set resize as_strided as_strided_scatter empty
+    empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like
+    ones ones_like full full_like fill zero scalar_tensor eye arange linspace logspace tril triu tril_indices
     triu_indices rand randn rand_like randn_like randint randint_like randperm normal uniform bernoulli exponential
     random multinomial split split_with_sizes unbind chunk view_as_complex view_as_real _unsafe_view _reshape_copy
     _reshape_alias reshape index index_select _unsafe_index index_copy index_fill gather scatter select_scatter
@@ -44,8 +44,10 @@ NO_ARITHMETIC = frozenset(
 #: Pointwise operators that cost more than one FLOP per output element.
 _POINTWISE_COST = {"addcmul": 2, "addcdiv": 2, "lerp": 3, "glu": 2, "polar": 2, "addr": 2}
 
-#: Arithmetic pointwise operators that older releases do not tag as pointwise.
-_UNTAGGED_POINTWISE = frozenset("rrelu_with_noise prelu _prelu_kernel glu logit hypot complex_abs dist".split())  # noqa: SIM905
+#: Arithmetic pointwise operators that torch does not tag as pointwise, at least in some releases.
+_UNTAGGED_POINTWISE = frozenset(
+    "rrelu_with_noise prelu _prelu_kernel glu logit hypot hardswish hardsigmoid hardtanh log_sigmoid_forward".split()  # noqa: SIM905
+)
 
 #: Reductions: FLOPs per input element.
 _REDUCTION_COST = {
