@@ -17,19 +17,7 @@ from torchconv.training.config import CheckpointError, FitConfig
 
 NAME = "checkpoint.pt"
 _SCHEMA = 1
-_KEYS = {
-    "schema",
-    "fingerprint",
-    "model",
-    "optimizer",
-    "scaler",
-    "ema",
-    "best",
-    "history",
-    "rng",
-    "finished",
-    "stopped",
-}
+_KEYS = {"fingerprint", "model", "optimizer", "scaler", "ema", "best", "history", "rng", "finished", "stopped"}
 
 
 def fingerprint(model: nn.Module, data: Dataset, config: FitConfig, processes: int) -> dict[str, str]:

@@ -24,7 +24,7 @@ class FitConfig:
         epochs: passes over the training split, >= 1.
         batch_size: items a forward pass, over all processes together, >= 1.
         lr: peak learning rate, > 0.
-        weight_decay: decoupled (adamw) or L2 (sgd), >= 0; see :func:`torchconv.training.param_groups` for what is exempt.
+        weight_decay: decoupled (adamw) or L2 (sgd), >= 0; :func:`torchconv.param_groups` says what is exempt.
         optimizer: "adamw" or "sgd" (Nesterov).
         momentum: of sgd, 0 to below 1.
         warmup_epochs: linear warm-up, fractions allowed, >= 0.

@@ -122,9 +122,8 @@ def score(
         num_classes=data.num_classes, average="micro", validate_args=False, sync_on_compute=sync
     ).to(device)
     total = torch.zeros((), device=device)
-    for logits, labels in zip(
-        batch_logits(model, x, data, batch_size, device, context), y.split(batch_size), strict=True
-    ):
+    outputs = batch_logits(model, x, data, batch_size, device, context)
+    for logits, labels in zip(outputs, y.split(batch_size), strict=True):
         total += F.cross_entropy(logits, labels, reduction="sum")
         metric.update(logits, labels)
     return total.item(), metric.compute().item()

@@ -145,8 +145,9 @@ class _Run:
         trained = time.perf_counter() - started
         for index, value in enumerate(values):
             if not math.isfinite(value):
-                at = epoch * self.steps + index // self.config.grad_accum
-                self._diverged(f"step {index + 1} of {len(values)}", epoch, learning_rate(at, self.steps, self.config))
+                at = index // self.config.grad_accum
+                rate = learning_rate(epoch * self.steps + at, self.steps, self.config)
+                self._diverged(f"step {at + 1} of {self.steps}", epoch, rate)
         loss, accuracy = self._validate()
         if not math.isfinite(loss):
             self._diverged("validation", epoch, rate)
@@ -187,7 +188,8 @@ class _Run:
             scaler.step(self.optimizer)
             scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.hooks.after_step()
+        with torch.no_grad():
+            self.hooks.after_step()
         if self.ema is not None:
             self.ema.update()
         return losses
@@ -208,16 +210,10 @@ class _Run:
         subject.eval()
         items, several = len(self.data.val.y), self.processes > 1
         with torch.no_grad():
-            total, accuracy = score(
-                subject, self.val_x, self.val_y, self.data, self.batch_size, self.device, self.runner.autocast, several
-            )
+            size, context = max(256, self.config.batch_size), self.runner.autocast
+            total, accuracy = score(subject, self.val_x, self.val_y, self.data, size, self.device, context, several)
         loss = self._sum(torch.tensor([total], device=self.device)).item() / items
         return loss, round(accuracy * items) / items  # the metric is a float32; the fraction is exact
-
-    @property
-    def batch_size(self) -> int:
-        """Validation batches need no gradients, so they may be larger."""
-        return max(256, self.config.batch_size)
 
     def _judge(self, record: EpochRecord) -> None:
         """Keep the weights if this epoch is the best so far, and decide whether the run ends."""
@@ -293,9 +289,7 @@ class _Run:
                 torch.distributed.broadcast(buffer, 0)
 
     def _diverged(self, where: str, epoch: int, rate: float) -> None:
-        remedy = (
-            f"lower lr={self.config.lr:g}, lengthen warmup_epochs={self.config.warmup_epochs:g}, or set clip_grad=1"
-        )
+        way = "lower lr, lengthen warmup_epochs or set clip_grad=1"
         if self.config.amp == "fp16":
-            remedy += ", or use amp='bf16'"
-        raise NonFiniteLossError(f"the loss is not finite at epoch {epoch + 1}, {where} (lr {rate:g}): {remedy}")
+            way += ", or use amp='bf16'"
+        raise NonFiniteLossError(f"the loss is not finite at epoch {epoch + 1}, {where} (lr {rate:g}): {way}")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,21 @@ def make_policy(spec: str, mean: Sequence[float], size: int) -> Any:
     options = {"translate_const": int(size * 0.45), "img_mean": tuple(colour * 3 if len(colour) == 1 else colour)}
     try:
         if spec.startswith("rand"):
-            return timm.rand_augment_transform(spec, options)
-        if spec.startswith("augmix"):
-            return timm.augment_and_mix_transform(spec, {**options, "translate_pct": 0.3})
-        return timm.auto_augment_transform(spec, options)
+            policy = timm.rand_augment_transform(spec, options)
+        elif spec.startswith("augmix"):
+            policy = timm.augment_and_mix_transform(spec, {**options, "translate_pct": 0.3})
+        else:
+            policy = timm.auto_augment_transform(spec, options)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         remedy = "timm does not understand this policy; an example is 'rand-m9-mstd0.5-inc1'"
         raise ValueError(f"augment={spec!r}: {remedy}") from error
+    found = policy.policy if hasattr(policy, "policy") else [policy.ops]
+    for op in (op for ops in found for op in ops):
+        if op.name.startswith("Posterize"):
+            op.level_fn = partial(_posterize_level, op.level_fn)
+    return policy
+
+
+def _posterize_level(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """At least one bit: timm's strongest level is none, which Pillow refuses."""
+    return (max(1, level_fn(level, hparams)[0]),)
