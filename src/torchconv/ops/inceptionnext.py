@@ -98,6 +98,7 @@ class _PartialDepthwise(nn.Module):
 
     ndim: ClassVar[int] = 0
     names: tuple[str, ...]
+    _like: Tensor
 
     def __init__(
         self,
@@ -125,6 +126,10 @@ class _PartialDepthwise(nn.Module):
         options.update(padding="same", dilation=self.dilation, groups=width)
         for name, size in kernels.items():
             self.register_module(name, CONV[self.ndim](width, width, size, **options) if width else None)
+        if not width:
+            # Without parameters, this remembers device and type for merge().
+            like = torch.empty(0, device=options["device"], dtype=options["dtype"])
+            self.register_buffer("_like", like, persistent=False)
 
     def reset_parameters(self) -> None:
         """PyTorch's convolution defaults, each branch for itself."""
@@ -157,7 +162,7 @@ class _PartialDepthwise(nn.Module):
             dilation = (1,) * self.ndim
         extent = [max((int(w.shape[2 + a]) for w in weights), default=1) for a in range(self.ndim)]
         rest = self.in_channels - sum(int(w.shape[0]) for w in weights)
-        like = weights[0] if weights else torch.empty(0)
+        like = weights[0] if weights else self._like
         frames = [_frame(w, extent) for w in (like.new_ones(rest, 1, *[1] * self.ndim), *weights)]
         bias = None
         if branches and branches[0].bias is not None:
