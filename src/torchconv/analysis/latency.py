@@ -326,7 +326,7 @@ def _device(fn: Any, x: Any, device: str | torch.device) -> torch.device:
     inputs = x if isinstance(x, tuple) else (x,)
     placed: list[Tensor] = [t for t in inputs if isinstance(t, Tensor)]
     if not placed and isinstance(fn, nn.Module):
-        placed = [*fn.parameters()][:1]
+        placed.extend([*fn.parameters()][:1])
     return placed[0].device if placed else torch.device("cpu")
 
 
