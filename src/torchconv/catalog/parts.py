@@ -32,7 +32,7 @@ class Part:
 
     ``supports`` names the constructor arguments that an operator honours beyond the plain case: what is not listed
     raises ``ValueError``. ``merges`` is "conv" when ``merge()`` returns one plain ``nn.ConvNd``, "self" when it
-    returns a cheaper equivalent. ``mixer`` and ``conv`` are constructor options for the two places where an operator
+    returns a cheaper equivalent. ``since`` is the version that brought it. ``mixer`` and ``conv`` are constructor options for the two places where an operator
     is dropped in: as the spatial mixer of a block, and instead of a k × k convolution.
     """
 
@@ -46,6 +46,7 @@ class Part:
     mixer: dict[str, Any] = field(default_factory=dict)
     conv: dict[str, Any] = field(default_factory=dict)
     keywords: str = ""
+    since: str = "0.1.0"
     module: str = ""
     target: str = ""
     summary: str = ""
