@@ -250,11 +250,15 @@ class DilatedReparamConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x``: branch by branch while a batch norm learns its statistics, merged otherwise."""
         check_input(x, self.in_channels, self.ndim)
+        y: Tensor
+        if self.deploy:
+            y = self.lk_origin(x)
+            return y
         pairs = self.pairs()
         if all(uses_fixed_statistics(bn) for _, bn in pairs):
             weight, bias = self.merged_weight()
             return conv_nd(x, weight, bias, padding=self.kernel_size[0] // 2, groups=self.groups)
-        y: Tensor = pairs[0][1](pairs[0][0](x))
+        y = pairs[0][1](pairs[0][0](x))
         for conv, bn in pairs[1:]:
             y = y + bn(conv(x))
         return y

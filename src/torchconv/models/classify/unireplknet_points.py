@@ -71,7 +71,7 @@ def splat_cells(points: Tensor, size: int) -> Tensor:
 
     cell = ⌊(xy − min) / g⌋ + 1, g = max(range_x, range_y) / (size − 3); the shift size/2 − ⌊(max + min)/2⌋ − 1 a axis
     runs over the cells with their 3 × 3 surroundings. The farthest point lies exactly on a cell's edge, so that the
-    order of these operations matters. (An odd size shifts by half a row, as the reference does; take an even one.)
+    order of these operations matters.
 
     Shape:
         (B, N, ≥ 2) → (B, N), integers; neighbours are ±1 and ±size away, all within the grid.
@@ -81,7 +81,7 @@ def splat_cells(points: Tensor, size: int) -> Tensor:
     step = (high - low).amax(-1, keepdim=True) / (size - 3)
     cells = torch.floor((xy - low) / step.clamp_min(torch.finfo(step.dtype).tiny)) + 1
     middle = torch.floor((cells.amax(1, keepdim=True) + cells.amin(1, keepdim=True)) / 2)
-    cells = cells + (size / 2 - middle - 1)
+    cells = cells + (size // 2 - middle - 1)
     return (cells[..., 0] * size + cells[..., 1]).long()
 
 
@@ -209,7 +209,7 @@ class PointProjection(nn.Module):
         trans_dim: width of f.
         graph_dim: width after, a multiple of 4.
         img_size: side of the images; the grid is zero-padded to it, so img_size − obj_size is even and ≥ 0.
-        obj_size: side of the grid, ≥ 4.
+        obj_size: side of the grid, even and ≥ 4.
         num_views: views, 1 to 10.
         atten_fusion: let the views attend to each other.
 
@@ -239,7 +239,7 @@ class PointProjection(nn.Module):
         check_positive("local_size", local_size)
         check_positive("trans_dim", trans_dim)
         check(graph_dim >= 4 and graph_dim % 4 == 0, "graph_dim", graph_dim, "must be a positive multiple of 4")
-        check(obj_size >= 4, "obj_size", obj_size, "must be at least 4")
+        check(obj_size >= 4 and obj_size % 2 == 0, "obj_size", obj_size, "must be even, at least 4")
         gap = img_size - obj_size
         check(gap >= 0 and gap % 2 == 0, "img_size", img_size, f"must exceed obj_size={obj_size} by an even number")
         check(1 <= num_views <= len(VIEW_ANGLES), "num_views", num_views, f"must be 1 to {len(VIEW_ANGLES)}")
