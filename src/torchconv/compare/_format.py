@@ -29,9 +29,9 @@ def digits(value: float, count: int = 3) -> str:
     """``count`` significant digits without an exponent (integers in full)."""
     if value == 0:
         return "0"
-    decimals = max(count - 1 - math.floor(math.log10(abs(value))), 0)
-    text = f"{value:.{decimals}f}"
-    return text
+    rounded = float(f"{value:.{count - 1}e}")  # 0.9999 has the decimals of 1.00
+    decimals = max(count - 1 - math.floor(math.log10(abs(rounded))), 0)
+    return f"{value:.{decimals}f}"
 
 
 def short(value: float) -> str:

@@ -319,6 +319,7 @@ def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 def _when(value: Any) -> str:
     try:
-        return datetime.fromisoformat(str(value)).strftime("%-d %B %Y, %H:%M %Z").strip()
+        moment = datetime.fromisoformat(str(value))
     except ValueError:
         return str(value or "")
+    return f"{moment.day} {moment:%B %Y, %H:%M %Z}".strip()

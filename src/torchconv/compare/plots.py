@@ -67,7 +67,7 @@ class Series:
         return None if low is None or high is None else (low, high)
 
     def marker(self, x: float, y: float, hollow: bool = False) -> Svg:
-        shape = 0 if self.baseline else self.accent % len(_SHAPES)
+        shape = 0 if self.baseline else 1 + self.accent % (len(_SHAPES) - 1)
         return el("path", d=_SHAPES[shape], transform=f"translate({num(x)} {num(y)})", cls="dot o" if hollow else "dot")
 
     def group(self, *children: object, title: str = "") -> Svg:
