@@ -55,7 +55,9 @@ def load(path: Path, expected: dict[str, str]) -> dict[str, Any]:
     if not isinstance(payload, dict) or payload.get("schema") != _SCHEMA or not set(payload) >= _KEYS:
         raise CheckpointError(f"{path}: is not a training checkpoint of this version of torchconv; {remedy}")
     found = payload["fingerprint"]
-    names = [name for name in [*expected, *(found.keys() - expected.keys())] if found.get(name) != expected.get(name)]
+    names = [
+        name for name in [*expected, *sorted(found.keys() - expected.keys())] if found.get(name) != expected.get(name)
+    ]
     if names:
         told = [f"{n} was {found.get(n, 'absent')}, is {expected.get(n, 'absent')}" for n in names[:4]]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -103,7 +103,12 @@ def evaluate(
     with evaluating(model, device) as place:
         x, y = resident(split.x, place), split.y.to(place)
         loss, accuracy = score(model, x, y, data, batch_size, place)
-    return Evaluation(loss / len(y), accuracy, len(y))
+    return Evaluation(loss / len(y), exact(accuracy, len(y)), len(y))
+
+
+def exact(accuracy: float, items: int) -> float:
+    """The fraction of ``items`` behind a float32 accuracy."""
+    return round(accuracy * items) / items
 
 
 def score(

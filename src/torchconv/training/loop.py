@@ -21,7 +21,7 @@ from torchconv.training.batches import Batch, Batches, resident
 from torchconv.training.config import CheckpointError, EpochRecord, FitConfig, FitResult, NonFiniteLossError
 from torchconv.training.device import accelerator
 from torchconv.training.ema import Ema
-from torchconv.training.evaluate import check_logits, score
+from torchconv.training.evaluate import check_logits, exact, score
 from torchconv.training.optim import Hooks, learning_rate, make_optimizer
 from torchconv.training.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
 
@@ -96,7 +96,7 @@ class _Run:
         model.to(self.device)
         self.hooks = Hooks(model)
         self.optimizer = make_optimizer(model, config)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = Ema(model, config.ema) if config.ema else None
         self.net = runner.prepare_model(model) if self.processes > 1 else model
         self.steps = math.ceil(self.batches.count / config.grad_accum)
@@ -213,7 +213,7 @@ class _Run:
             size, context = max(256, self.config.batch_size), self.runner.autocast
             total, accuracy = score(subject, self.val_x, self.val_y, self.data, size, self.device, context, several)
         loss = self._sum(torch.tensor([total], device=self.device)).item() / items
-        return loss, round(accuracy * items) / items  # the metric is a float32; the fraction is exact
+        return loss, exact(accuracy, items)
 
     def _judge(self, record: EpochRecord) -> None:
         """Keep the weights if this epoch is the best so far, and decide whether the run ends."""
