@@ -47,11 +47,12 @@ def open_npz(path: Path) -> Source:
     for key in (*(key for pair in parts.values() for key in pair), "layout", "classes"):
         if key in headers and headers[key][1].hasobject:
             raise ValueError(f"{path}: {key} is an object array (a pickle); store numbers, or strings of dtype str")
-    total = 0
-    for x_key, _ in parts.values():
-        shape, dtype = headers[x_key]
-        total += math.prod(shape) * (1 if dtype.itemsize == 1 else 4)
-    check_memory(str(path), total, (1,), 1)
+    whole = [headers[x_key] for x_key, _ in parts.values()]
+    widths = [1 if dtype.itemsize == 1 else 4 for _, dtype in whole]  # in memory: uint8 or float32
+    size = sum(math.prod(shape) * width for (shape, _), width in zip(whole, widths, strict=True))
+    one = whole[0][0][1:]  # parts of other shapes are refused later; counted in examples of the first until then
+    count = size // max(1, math.prod(one) * widths[0])
+    check_memory(str(path), count, one, widths[0], "store fewer or smaller examples")
     x: dict[str, Array] = {}
     y: dict[str, Array] = {}
     with np.load(path, allow_pickle=False) as file:

@@ -91,6 +91,7 @@ class Dataset:
         """
         shape = tuple(train.x.shape[1:])
         for part, split in (("train", train), ("val", val), ("test", test)):
+            check(split.x.dtype in (torch.uint8, torch.float32), f"{part}.x", split.x.dtype, "must be uint8 or float32")
             check(tuple(split.x.shape[1:]) == shape, f"{part}.x", tuple(split.x.shape), f"must be (N, *{shape})")
             check(
                 len(split.x) == len(split.y), f"{part}.y", len(split.y), f"needs one label for {len(split.x)} examples"
@@ -197,6 +198,7 @@ def normalise(x: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | 
 
 def moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel (uint8 as x / 255), to float64 and without a copy of ``x``."""
+    x = x.cpu()
     if x.dtype == torch.uint8:
         levels = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.stack([torch.bincount(x[:, c].reshape(-1), minlength=256) for c in range(x.shape[1])]).double()
@@ -222,15 +224,21 @@ def fingerprint(splits: Sequence[Split], classes: Sequence[str]) -> str:
     for split in splits:
         for tensor in (split.x, split.y):
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
-def check_memory(spec: str, examples: int, shape: Sequence[int], itemsize: int) -> None:
+def check_memory(
+    spec: str,
+    examples: int,
+    shape: Sequence[int],
+    itemsize: int,
+    remedy: str = "choose a smaller image_size (--image-size) or a limit (--limit)",
+) -> None:
     """Refuse data that would not fit in ``MAX_BYTES``, before it is allocated."""
     size = examples * math.prod(shape) * itemsize
     if size > MAX_BYTES:
         raise ValueError(
-            f"spec={spec!r}: {examples} examples of {'x'.join(map(str, shape))} need {size / 1e9:.1f} GB in memory, "
-            f"more than {MAX_BYTES / 1e9:g} GB; choose a smaller image_size (--image-size) or a limit (--limit)"
+            f"spec={spec!r}: {examples} examples of {'x'.join(map(str, shape))} need {size / 1e9:.3g} GB in memory, "
+            f"more than {MAX_BYTES / 1e9:g} GB; {remedy}"
         )

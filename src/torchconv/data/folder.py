@@ -216,9 +216,10 @@ def _parallel(work: Callable[[In], Out], items: list[In], text: str, progress: b
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
     try:
         with bar(text, len(items), progress) as advance:
-            for result in pool.map(work, items):
-                advance(1)
-                yield result
+            for start in range(0, len(items), 4096):  # a future for each of a million files would be a gigabyte
+                for result in pool.map(work, items[start : start + 4096]):
+                    advance(1)
+                    yield result
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -102,7 +102,5 @@ def _resolve(spec: str, root: str | Path | None, image_size: int | None, progres
         if found is not None:
             return ts.open_folder(problems[found], found)
         hint = did_you_mean(spec, [*NAMES, *problems])
-        raise FileNotFoundError(
-            f"spec={spec!r}: no such set, folder or file; {hint}, or give a path (root: --data-root)"
-        )
+        raise FileNotFoundError(f"spec={spec!r}: no such set, folder or file (is root, --data-root, right?); {hint}")
     raise FileNotFoundError(f"spec={spec!r}: no such file or folder; the named sets are {', '.join(NAMES)}")

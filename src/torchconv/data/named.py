@@ -11,6 +11,7 @@ pixels. Layouts understood below a place (``root``, ``$TORCHCONV_DATA``, the cac
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import itertools
@@ -127,7 +128,11 @@ def _fetch_fashion(home: Path, progress: bool) -> None:
         target = home / "fashion_mnist" / f"{name}.gz"
         if not target.exists():
             urls = [f"{base}{name}.gz" for base in FASHION_URLS]
-            download(urls, target, lambda part, name=name: _check_idx(_unpack(part), name, part), progress=progress)  # type: ignore[misc]
+            download(urls, target, functools.partial(_check_packed, name), progress=progress)
+
+
+def _check_packed(name: str, path: Path) -> None:
+    _check_idx(_unpack(path), name, path)
 
 
 def _first(*paths: Path) -> Path | None:

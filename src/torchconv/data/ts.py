@@ -95,7 +95,9 @@ def _source(name: str, train: Path | None, test: Path | None) -> Source:
     files = {"train": read_ts(train)} | ({"test": read_ts(test)} if test else {})
     channels = len(files["train"].series[0])
     length = max(case.shape[1] for case in files["train"].series)
-    check_memory(name, sum(len(f.series) for f in files.values()), (channels, length), 4)
+    check_memory(
+        name, sum(len(f.series) for f in files.values()), (channels, length), 4, "store fewer or shorter series"
+    )
     x = {}
     for part, cases in files.items():
         if len(cases.series[0]) != channels:
@@ -115,7 +117,8 @@ def _stack(cases: Cases, part: str, channels: int, length: int, warnings: list[s
     shorter = longer = 0
     for row, case in zip(x, cases.series, strict=True):
         steps = min(case.shape[1], length)
-        row[:, :steps] = case[:, :steps]
+        with np.errstate(over="ignore"):  # seen below
+            row[:, :steps] = case[:, :steps]
         shorter += case.shape[1] < length
         longer += case.shape[1] > length
     total = len(x)
