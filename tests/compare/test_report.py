@@ -294,6 +294,7 @@ def test_front_is_worked_out_where_the_run_has_none() -> None:
         ({}, "yes"),
         ({"significant": False}, "no"),
         ({"significant": None}, "unknown"),
+        ({"mean": -0.02}, "no"),
     ],
 )
 def test_badge(change: dict[str, Any], kind: str) -> None:
@@ -307,6 +308,9 @@ def test_badge_when_the_baseline_wins() -> None:
     results = fake_results(incomplete=False)
     series = [Series(i, c["label"], c, i == 0) for i, c in enumerate(results["candidates"])]
     results["verdict"]["pick"] = "conv"
+    assert badge(results, series)["text"] == "Some gains are larger than the noise"
+    for candidate in results["candidates"][1:]:
+        candidate["difference"]["significant"] = False
     assert badge(results, series)["kind"] == "no"
     for candidate in results["candidates"][1:]:
         candidate["difference"].update(mean=-0.05, significant=True)

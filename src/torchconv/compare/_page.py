@@ -83,7 +83,7 @@ def badge(results: dict[str, Any], series: list[Series]) -> dict[str, str]:
     chosen = None if pick is None else series[pick]
     if not any(s.accuracy() is not None for s in series):
         return {"kind": "unknown", "text": "Nothing could be measured", "detail": ""}
-    if chosen in tested and chosen is not None:
+    if chosen is not None and isinstance(chosen.data.get("difference"), dict):
         gap = chosen.data["difference"]
         decimals = 2 if (number(gap.get("n_items")) or 0) >= 5000 else 1
         interval = chosen.interval("difference")
@@ -97,19 +97,18 @@ def badge(results: dict[str, Any], series: list[Series]) -> dict[str, str]:
         if gap.get("significant") is None:
             return {"kind": "unknown", "text": "Difference not tested", "detail": detail}
         if gap["significant"]:
+            if (number(gap.get("mean")) or 0) < 0:
+                return {"kind": "no", "text": "Worse than the baseline, beyond the noise", "detail": detail}
             return {"kind": "yes", "text": "Difference larger than the noise", "detail": detail}
         return {"kind": "no", "text": "Difference within the noise", "detail": detail}
     verdicts = [s.data["difference"].get("significant") for s in tested]
     if not verdicts or None in verdicts:
         return {"kind": "unknown", "text": "Noise not measured", "detail": "nothing was compared with a baseline"}
-    worse = all(
-        dig(s.data, "difference", "significant") and (number(dig(s.data, "difference", "mean")) or 0) < 0
-        for s in tested
-    )
-    if chosen is not None and worse:
+    gains = [(number(dig(s.data, "difference", "mean")) or 0) * bool(v) for v, s in zip(verdicts, tested, strict=True)]
+    if chosen is not None and max(gains) < 0:
         return {"kind": "yes", "text": "Difference larger than the noise", "detail": "every other candidate is worse"}
-    if chosen is None and any(verdicts):
-        return {"kind": "yes", "text": "Some differences larger than the noise", "detail": "but no single pick"}
+    if max(gains) > 0:
+        return {"kind": "yes", "text": "Some gains are larger than the noise", "detail": ""}
     return {"kind": "no", "text": "No gain larger than the noise", "detail": ""}
 
 

@@ -107,7 +107,7 @@ def gallery(series: Series) -> Gallery | None:
         rows, columns = kernels[0].shape
         zoom = max(1, 2 * (max(rows, columns) < 32), round((37 if len(kernels) > 1 else 120) / max(rows, columns)))
         images = [png(diverging(kernel, scale)) for kernel in kernels[:KERNELS]]
-        layers.append(Layer(name, f"{rows} × {columns}", columns * zoom, rows * zoom, images))
+        layers.append(Layer(name, f"{rows} × {columns}", columns * zoom, max(rows * zoom, 12), images))
     return Gallery(series, fmt.digits(scale, 2), layers, len(found) - len(shown), slices)
 
 

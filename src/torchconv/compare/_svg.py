@@ -133,8 +133,9 @@ def text_width(text: str, size: float = FONT) -> float:
 
 
 def shorten(text: str, limit: int) -> str:
-    """``text`` cut to ``limit`` characters with an ellipsis."""
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+    """``text`` cut to ``limit`` characters in its middle: both an operator's name and its last option tell."""
+    tail = limit // 3
+    return text if len(text) <= limit else text[: limit - 1 - tail].rstrip() + "…" + text[-tail:].lstrip()
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -105,9 +105,9 @@ def pareto(
     log = min(costs) > 0 and max(costs) / min(costs) > 6
     if log:
         margin = (max(costs) / min(costs)) ** 0.08
-        x = Scale(min(costs) / margin, max(costs) * margin, 44, width - 10, log=True)
+        x = Scale(min(costs) / margin, max(costs) * margin, 48, width - 16, log=True)
     else:
-        x = Scale(*padded(costs, 0.1, floor=0.2 * max(map(abs, costs))), 44, width - 10)
+        x = Scale(*padded(costs, 0.1, floor=0.2 * max(map(abs, costs))), 48, width - 16)
     heights = [e for s, _, a in shown for e in (a, *(s.interval() or ()))]
     y = Scale(*padded(heights, 0.1, floor=0.01), height - 42, 14)
     frame: Box = (x.start, y.end - 6, width, y.start - 3)
@@ -174,7 +174,7 @@ def lines(
         y = Scale(*padded(every, 0.05, floor=0.005), height - 42, 10)
     x_values = [v for c in curves for v in c[1]]
     low, high = min(x_values), max(x_values)
-    x = Scale(low, high if high > low else low + 1, 44, right)
+    x = Scale(low, high if high > low else low + 1, 48, right)
     whole = all(float(v).is_integer() for v in x_values)
     marks: list[Svg] = []
     ends = spread([y(c[2][-1]) for c in curves], 12.0, 10, height - 44)
