@@ -267,6 +267,15 @@ def test_batch_scales_and_written_bytes():
     assert count(net, torch.zeros(0, 3, 8, 8)).flops == 0
 
 
+def test_the_meta_device_counts_without_computing():
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.GELU(), nn.Flatten())
+    real = count(net, torch.zeros(2, 3, 20, 20))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.GELU(), nn.Flatten())
+        counts = count(empty, torch.zeros(2, 3, 20, 20))
+    assert (counts.by_module, counts.by_operator, counts.params) == (real.by_module, real.by_operator, real.params)
+
+
 class Careless(nn.Module):
     """Writes its buffers, draws random numbers and flips a child's mode on every forward pass."""
 

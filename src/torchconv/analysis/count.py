@@ -136,6 +136,7 @@ def register_formula(op: Any, fn: Callable[..., Any], kind: str = "elementwise")
 def count(model: nn.Module | Callable[..., Any], *inputs: Any, **kwargs: Any) -> Counts:
     """Count parameters, MACs and FLOPs of ``model(*inputs, **kwargs)`` by running it once.
 
+    Models and inputs on the meta device are counted without computing anything, where their operators allow it.
     The run is in eval mode without gradients. Training flags, the state dict (buffers that the forward pass writes),
     hooks and the random generators are as before afterwards. Counts are for the batch that is passed in.
 
@@ -338,7 +339,7 @@ def _undisturbed(module: nn.Module | None, inputs: Any) -> Iterator[None]:
         (m, name, b, b.detach().clone())
         for m in modules
         for name, b in m._buffers.items()
-        if b is not None and name not in m._non_persistent_buffers_set and not b.is_inference()
+        if b is not None and not (b.is_meta or b.is_inference() or name in m._non_persistent_buffers_set)
     ]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=gpus))
