@@ -184,6 +184,15 @@ def test_not_a_zip(tmp_path: Path) -> None:
         load(str(path))
 
 
+def test_damaged_content(npz: Save) -> None:
+    path = Path(npz(x=uint8(8, 8), y=Y))
+    content = path.read_bytes()
+    start = content.index(uint8(8, 8).tobytes()[:16])
+    path.write_bytes(content[:start] + b"damaged!" + content[start + 8 :])
+    with pytest.raises(ValueError, match=r"set\.npz: .*Bad CRC-32"):
+        load(str(path))
+
+
 def test_memory_is_checked_before_reading(npz: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     path = npz(x=uint8(8, 8), y=Y)
     monkeypatch.setattr(dataset, "MAX_BYTES", 1000)

@@ -186,6 +186,12 @@ def test_damaged_files(tmp_path: Path) -> None:
     labels.write_bytes(labels.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"not a whole \.gz file"):
         load("fashion-mnist", root=tmp_path)
+    jpeg(tmp_path)
+    subset = tmp_path / "cifar10_jpeg_12k.npz"
+    for damaged in (subset.read_bytes()[:-100], b"PK"):
+        subset.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cifar10_jpeg_12k\.npz: damaged \(.*\); remove it"):
+            load("cifar10", root=tmp_path)
     cifar(tmp_path, {named.CIFAR_ARCHIVE: archive()[:-1]})
     with pytest.raises(ValueError, match=r"not the published cifar-10-binary\.tar\.gz \(MD5"):
         load("cifar10", root=tmp_path)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,14 @@ def open_npz(path: Path) -> Source:
     x: dict[str, Array] = {}
     y: dict[str, Array] = {}
     with np.load(path, allow_pickle=False) as file:
-        layout = str(file["layout"]) if "layout" in headers else None
-        names = [str(name) for name in file["classes"]] if "classes" in headers else None
+        layout = str(_read(path, file, "layout")) if "layout" in headers else None
+        names = [str(name) for name in _read(path, file, "classes").ravel()] if "classes" in headers else None
         for part, (x_key, y_key) in parts.items():
-            data = file[x_key]
+            data = _read(path, file, x_key)
             if part == "train" or layout is None:
                 layout = _layout(path, x_key, data, layout, warnings)
             x[part] = _examples(path, x_key, data, layout, warnings)
-            y[part] = _labels(path, y_key, file[y_key], len(x[part]), x_key)
+            y[part] = _labels(path, y_key, _read(path, file, y_key), len(x[part]), x_key)
             if x[part].shape[1:] != x["train"].shape[1:] or x[part].dtype != x["train"].dtype:
                 raise ValueError(
                     f"{path}: {x_key} is {x[part].dtype} {x[part].shape[1:]} an example, but the training part is "
@@ -78,6 +79,13 @@ def open_npz(path: Path) -> Source:
     if len(classes) < 2:
         raise ValueError(f"{path}: {parts['train'][1]} holds the single class {classes[0]!r}; at least two are needed")
     return Source(path.stem, classes, labels, in_memory(x, labels), warnings)
+
+
+def _read(path: Path, file: Any, key: str) -> Array:
+    try:
+        return file[key]
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: {key} cannot be read ({error}); write the file again with numpy.savez") from None
 
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

@@ -17,8 +17,10 @@ import io
 import itertools
 import os
 import tarfile
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +226,7 @@ def _cifar_jpeg(folder: Path) -> Source | None:
         return None
     image = require("PIL.Image", "compare")
     x, y = {}, {}
-    with np.load(path, allow_pickle=False) as file:
+    with _whole(path), np.load(path, allow_pickle=False) as file:
         for part in ("train", "test"):
             data, ends = file[f"jpeg_{part}"].tobytes(), file[f"offset_{part}"].tolist()
             pictures = [
@@ -244,7 +246,7 @@ def _cifar_lossless(folder: Path) -> Source | None:
     path = folder / "cifar10_lossless_4k.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
+    with _whole(path), np.load(path, allow_pickle=False) as file:
         x = {part: np.ascontiguousarray(file[f"x_{part}"].transpose(0, 3, 1, 2)) for part in ("train", "test")}
         y = {part: file[f"y_{part}"] for part in ("train", "test")}
     note = (
@@ -252,3 +254,12 @@ def _cifar_lossless(folder: Path) -> Source | None:
         f"{len(x['test'])} test images leave wide intervals"
     )
     return _source("cifar10", CIFAR_CLASSES, x, y, note)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Say which file is damaged, whatever its decoder raises."""
+    try:
+        yield
+    except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it") from None
