@@ -283,9 +283,25 @@ def test_csv(tmp_path: Path) -> None:
 
 def test_front_is_worked_out_where_the_run_has_none() -> None:
     results = fake_results()
-    recorded = front_of(results, "macs", lambda c: c.get("macs"))
+    recorded = front_of(results, "macs")
     del results["pareto"]
-    assert front_of(results, "macs", lambda c: c.get("macs")) == recorded
+    assert front_of(results, "macs") == recorded
+
+
+@pytest.mark.parametrize(
+    ("pick", "text", "headline"),
+    [
+        ("dcls", "It wins. By far.", ("Use dcls", "It wins. By far.")),
+        ("conv", "None is better.", ("Stay with conv", "None is better.")),
+        (None, "No verdict: 0.5 failed. Try again.", ("No verdict: 0.5 failed.", "Try again.")),
+        (None, None, ("This run ended without a verdict.", "")),
+    ],
+)
+def test_headline(pick: str | None, text: str | None, headline: tuple[str, str]) -> None:
+    results = fake_results()
+    results["verdict"] = {"pick": pick, "text": text}
+    context = page(results)
+    assert (context["headline"], context["lead"]) == headline
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def probability(value: Any) -> str:
     known = number(value)
     if known is None:
         return ""
-    return "p < 0.001" if known < 0.001 else f"p = {known:.3f}" if known < 0.0995 else f"p = {known:.2f}"
+    text = "p < 0.001" if known < 0.001 else f"p = {known:.3f}" if known < 0.0995 else f"p = {known:.2f}"
+    return text.replace(" ", NARROW)
 
 
 def options(value: Any) -> str:

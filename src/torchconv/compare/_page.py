@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ from torchconv.compare import plots
 from torchconv.compare._format import dig, number
 from torchconv.compare._svg import Svg, padded
 from torchconv.compare.plots import Series
-from torchconv.compare.report import PLANES, find, front_of, label_of
+from torchconv.compare.report import COSTS, find, front_of, label_of
 
 
 def page(results: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def page(results: dict[str, Any]) -> dict[str, Any]:
     measured = [s for s in series if s.accuracy() is not None]
     test_size = number(dig(results, "dataset", "test")) or 0
     decimals = 2 if test_size >= 5000 else 1
-    fronts = {key: front_of(results, key, cost) for key, _, cost in PLANES}
+    fronts = {key: front_of(results, key) for key in COSTS}
     baseline = next((s for s in series if s.baseline), None)
     learning = [
         ("Validation accuracy", plots.learning(series, "val_accuracy")),
@@ -32,19 +33,22 @@ def page(results: dict[str, Any]) -> dict[str, Any]:
         ("Blur", plots.robustness(series, "blur", "standard deviation of the blur, pixels")),
     ]
     fields = [(s, svg, pictures.side_table(s)) for s in series if (svg := pictures.receptive_field(s)) is not None]
-    columns = _columns(results, series)
+    columns = _columns(results, _batch(series))
     match = str(dig(results, "config", "match") or "")
+    headline, lead = _headline(results, series)
+    batch = _batch(series)
     return {
         "results": results,
         "title": f"torchconv compare: {dig(results, 'dataset', 'name') or dig(results, 'config', 'data') or 'results'}",
-        "headline": str(dig(results, "verdict", "text") or "This run ended without a verdict."),
+        "headline": headline,
+        "lead": lead,
         "reasons": [str(r) for r in dig(results, "verdict", "reasons") or []],
         "badge": badge(results, series),
         "facts": _facts(results, series),
         "forest": plots.forest(series, baseline.label if baseline else "the baseline", decimals),
         "columns": columns,
         "rows": _rows(results, series, fronts, decimals, columns),
-        "pareto": _pareto(series, fronts, decimals),
+        "pareto": _pareto(series, fronts, decimals, batch),
         "matched": _MATCH.get(match, ""),
         "learning": [(t, f) for t, f in learning if f],
         "banded": any(len(s.data.get("curves") or []) > 1 for s in series),
@@ -66,6 +70,16 @@ def page(results: dict[str, Any]) -> dict[str, Any]:
         "kinds": plots.KINDS,
         "fmt": fmt,
     }
+
+
+def _headline(results: dict[str, Any], series: list[Series]) -> tuple[str, str]:
+    """The answer in three words and what the run says about it; without a pick, the run's first sentence leads."""
+    text = str(dig(results, "verdict", "text") or "").strip()
+    pick = find(results, dig(results, "verdict", "pick"))
+    if pick is not None:
+        return f"{'Stay with' if series[pick].baseline else 'Use'} {series[pick].label}", text
+    first, _, rest = re.sub(r"(?<=[.!?])\s+", "\n", text, count=1).partition("\n")
+    return first or "This run ended without a verdict.", rest
 
 
 def _series(results: dict[str, Any]) -> list[Series]:
@@ -93,6 +107,8 @@ def badge(results: dict[str, Any], series: list[Series]) -> dict[str, str]:
             parts.append(f"95{fmt.NARROW}% interval {low} to {high}")
         p_value = fmt.probability(gap.get("p_adjusted"))
         parts += [f"adjusted {p_value}"] if p_value else []
+        if str(gap.get("basis") or "").startswith("items only"):
+            parts.append("one seed: other items, not other runs")
         detail = ", ".join(parts)
         if gap.get("significant") is None:
             return {"kind": "unknown", "text": "Difference not tested", "detail": detail}
@@ -146,8 +162,13 @@ def _facts(results: dict[str, Any], series: list[Series]) -> list[tuple[str, str
 _MATCH = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 
 
-def _columns(results: dict[str, Any], series: list[Series]) -> list[dict[str, str]]:
-    batch = next((b for s in series if (b := number(dig(s.data, "latency", "batchN", "batch")))), None)
+def _batch(series: list[Series]) -> float | None:
+    """The large batch that latency was measured with, where it was."""
+    timed = (s for s in series if number(dig(s.data, "latency", "batchN", "median_ms")) is not None)
+    return next((number(dig(s.data, "latency", "batchN", "batch")) for s in timed), None)
+
+
+def _columns(results: dict[str, Any], batch: float | None) -> list[dict[str, str]]:
     many = f"Latency b{batch:.0f}" if batch else "Latency bN"
     unit = {"image": "Images", "series": "Series"}.get(str(dig(results, "dataset", "kind")), "Items")
     return [
@@ -179,6 +200,7 @@ def _rows(
     domain = padded(ends, 0.05, floor=0.004) if ends else None
     reference = next((s.accuracy() for s in series if s.baseline), None)
     pick = find(results, dig(results, "verdict", "pick"))
+    marked = {"latencyn" if key == "latency" and _batch(series) else key: front for key, front in fronts.items()}
     rows = []
     for s in series:
         data = s.data
@@ -218,7 +240,7 @@ def _rows(
             "difference": gap if isinstance(gap, dict) else None,
             "difference_text": fmt.points(dig(gap, "mean"), decimals),
             "p": fmt.probability(dig(gap, "p_adjusted")),
-            "cells": [(*cells[c["key"]], s.index in fronts.get(c["key"], ())) for c in columns if c["key"] in cells],
+            "cells": [(*cells[c["key"]], s.index in marked.get(c["key"], ())) for c in columns if c["key"] in cells],
             "status": status,
             "finished": finished,
             "trials": trials,
@@ -239,10 +261,13 @@ def _exact(value: Any) -> str:
     return f"{known:,.0f}".replace(",", fmt.NARROW) if known >= 100 else fmt.short(known)
 
 
-def _pareto(series: list[Series], fronts: dict[str, set[int]], decimals: int) -> list[tuple[str, Svg]]:
+def _pareto(
+    series: list[Series], fronts: dict[str, set[int]], decimals: int, batch: float | None
+) -> list[tuple[str, Svg]]:
     found = []
-    for key, title, cost in PLANES:
-        costs = {s.index: cost(s.data) for s in series}
+    titles = {"params": "parameters", "macs": "multiply-adds (MACs)", "latency": f"latency, batch {batch or 1:.0f}"}
+    for key, title in titles.items():
+        costs = {s.index: COSTS[key](s.data) for s in series}
         svg = plots.pareto(series, key, title, costs, fronts[key], decimals)
         if svg:
             found.append((title, svg))

@@ -18,12 +18,20 @@ from typing import Any
 from torchconv._common import check, require, write_text
 from torchconv.compare._format import dig, number
 
-PLANES: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
-    ("params", "parameters", lambda c: dig(c, "params")),
-    ("macs", "multiply-adds (MACs)", lambda c: dig(c, "macs")),
-    ("latency", "latency, batch 1", lambda c: dig(c, "latency", "batch1", "median_ms")),
-)
 SCHEMA = 1
+
+
+def latency_of(candidate: dict[str, Any]) -> Any:
+    """Median time of the large batch, or of batch 1 where that is all there is: what the latency front is about."""
+    many = dig(candidate, "latency", "batchN", "median_ms")
+    return dig(candidate, "latency", "batch1", "median_ms") if number(many) is None else many
+
+
+COSTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "params": lambda c: c.get("params"),
+    "macs": lambda c: c.get("macs"),
+    "latency": latency_of,
+}
 
 
 def _check(results: Any) -> list[dict[str, Any]]:
@@ -53,7 +61,7 @@ def find(results: dict[str, Any], name: Any) -> int | None:
     return None
 
 
-def front_of(results: dict[str, Any], key: str, cost: Callable[[dict[str, Any]], Any]) -> set[int]:
+def front_of(results: dict[str, Any], key: str) -> set[int]:
     """Indices of the candidates on the Pareto front: as the run recorded it, else worked out from the means."""
     candidates = results.get("candidates") or []
     names = dig(results, "pareto", key)
@@ -62,7 +70,7 @@ def front_of(results: dict[str, Any], key: str, cost: Callable[[dict[str, Any]],
     known = [
         (i, v, a)
         for i, c in enumerate(candidates)
-        if (v := number(cost(c))) is not None and (a := number(dig(c, "accuracy", "mean"))) is not None
+        if (v := number(COSTS[key](c))) is not None and (a := number(dig(c, "accuracy", "mean"))) is not None
     ]
     return {i for i, v, a in known if not any(w <= v and b >= a and (w, b) != (v, a) for _, w, b in known)}
 
@@ -157,7 +165,7 @@ def write_csv(results: dict[str, Any], path: str | os.PathLike[str]) -> Path:
         ValueError: ``results`` is not a dictionary of schema 1.
     """
     candidates = _check(results)
-    fronts = {key: front_of(results, key, cost) for key, _, cost in PLANES}
+    fronts = {key: front_of(results, key) for key in COSTS}
     baseline = find(results, results.get("baseline"))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
