@@ -293,7 +293,7 @@ class MergedLSConv(nn.Module):
         check_input(x, self.in_channels, self.ndim)
         shape = (-1, *[1] * self.ndim)
         a = adaptive_conv(x, self.lkp(x), self.kernel_size)
-        return x + self.shift.reshape(shape) + self.scale.reshape(shape) * a
+        return torch.addcmul(x + self.shift.reshape(shape), self.scale.reshape(shape), a)
 
 
 class LSConv1d(LSConv):
