@@ -40,7 +40,7 @@ def adapt(case: Case) -> Adapted:
     """The repulsive loss has no class; the layers are built with the authors' order of axes."""
     name = case.config.get("class")
     if name is None:
-        positions = [n for n in case.inputs if n == "P" or n.endswith(".P")]
+        positions = [n for n in case.inputs if not n.startswith("cotangent")]
 
         def loss(inputs: dict[str, Tensor]) -> Mapping[str, Tensor]:
             return {"loss": repulsive_loss([inputs[n] for n in positions])}
