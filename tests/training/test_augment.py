@@ -15,6 +15,7 @@ from torchconv.data import normalise
 from torchconv.training import FitConfig
 from torchconv.training.augment import Mix, batch_bounds, flip, mix, plan_epoch, shift
 from torchconv.training.batches import Batches
+from torchconv.training.inputs import Inputs
 from torchconv.training.policy import PolicyLoader, make_policy
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_plan_is_a_function_of_seed_and_epoch(size: tuple[int, ...]) -> None:
 def test_plain_batches_are_the_normalised_items_in_order() -> None:
     data = make_data()
     config = FitConfig(batch_size=8)
-    batches = list(Batches(data, config, CPU).epoch(0))
+    batches = list(Batches(data, config, Inputs(data, CPU)).epoch(0))
     order = plan_epoch(config, 41, (6, 6), 0).order
     assert [len(b.y) for b in batches] == [8, 8, 8, 8, 9]  # 41 = 5 · 8 + 1
     assert torch.equal(torch.cat([b.x for b in batches]), normalise(data.train.x, data.mean, data.std)[order])
@@ -90,8 +91,8 @@ def test_plain_batches_are_the_normalised_items_in_order() -> None:
 
 def test_processes_share_each_batch() -> None:
     data, config = make_data(), FitConfig(batch_size=8, augment="flip", seed=1)
-    whole = list(Batches(data, config, CPU).epoch(2))
-    parts = [list(Batches(data, config, CPU, rank, 2).epoch(2)) for rank in range(2)]
+    whole = list(Batches(data, config, Inputs(data, CPU)).epoch(2))
+    parts = [list(Batches(data, config, Inputs(data, CPU), rank, 2).epoch(2)) for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert torch.equal(batch.x, torch.cat([first.x, second.x]))
         assert first.total == second.total == len(batch.y)

@@ -38,6 +38,7 @@ def config(**changes: object) -> FitConfig:
 def test_weights_are_those_of_a_loop_written_by_hand(optimizer: str) -> None:
     data, settings = make_data(), config(optimizer=optimizer, label_smoothing=0.1, clip_grad=0.5)
     net, x = make_net(dropout=0.0), normalise(data.train.x, data.mean, data.std)
+    lay = {"memory_format": torch.channels_last}  # what fit chooses on a CPU
     groups = param_groups(net, settings.lr, settings.weight_decay)
     step, best = 0, (-1.0, 0.0, {})
     if optimizer == "adamw":
@@ -52,7 +53,7 @@ def test_weights_are_those_of_a_loop_written_by_hand(optimizer: str) -> None:
                 group["lr"] = learning_rate(step, len(plan.bounds), settings)
             optim.zero_grad()
             chosen = plan.order[a:b]
-            F.cross_entropy(net(x[chosen]), data.train.y[chosen], label_smoothing=0.1).backward()
+            F.cross_entropy(net(x[chosen].clone(**lay)), data.train.y[chosen], label_smoothing=0.1).backward()
             nn.utils.clip_grad_norm_(net.parameters(), 0.5)
             optim.step()
             step += 1
@@ -243,3 +244,22 @@ def test_predict_takes_raw_items_and_leaves_the_model_as_it_was() -> None:
     assert predict(net, data.test.x[:0], data).shape == (0, 3)
     with pytest.raises(ValueError, match=r"x=\(19, 6, 6\): expected \(N, \*\(1, 6, 6\)\)"):
         predict(net, data.test.x[:, 0], data)
+
+
+def test_a_model_that_views_its_maps_gets_contiguous_ones() -> None:
+    class Viewing(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(channels, 4, 3), nn.Linear(64, 3)
+            self.layouts: list[bool] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layouts.append(self.conv(x).is_contiguous())
+            return self.head(self.conv(x).view(len(x), -1))
+
+    for channels in (1, 3):
+        data, net = make_data(channels=channels), Viewing(channels)
+        fit(net, data, config(epochs=1))
+        predict(net, data.test.x, data)
+        assert net.layouts[0] is False  # the attempt
+        assert sum(not contiguous for contiguous in net.layouts) == 2

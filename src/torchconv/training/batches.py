@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from torchconv._common import check
-from torchconv.data import Dataset, normalise
+from torchconv.data import Dataset
 from torchconv.training.augment import Mix, flip, mix, plan_epoch, shift
 from torchconv.training.config import FitConfig
+from torchconv.training.inputs import Inputs, resident
 from torchconv.training.policy import PolicyLoader
 
 
@@ -25,49 +25,27 @@ class Batch:
     total: int
 
 
-def resident(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device`` when it takes at most half of what is free there, otherwise where it is."""
-    if device.type == "cuda" and x.device.type != "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if x.numel() * x.element_size() > free // 2:
-            return x.pin_memory()
-    return x.to(device)
-
-
-class Statistics:
-    """Mean and standard deviation of a data set as tensors on a device, so that normalising never waits."""
-
-    def __init__(self, data: Dataset, device: torch.device) -> None:
-        self.mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return normalise(x, self.mean, self.std)
-
-
 class Batches:
     """The batches of ``data.train``, epoch by epoch.
 
     Args:
         data: supplies the training split and its statistics.
         config: batch size, augmentation, seed.
-        device: where the batches are wanted.
+        inputs: normalises, and says where the batches are wanted.
         rank, processes: which slice of each batch is this process's.
     """
 
-    def __init__(
-        self, data: Dataset, config: FitConfig, device: torch.device, rank: int = 0, processes: int = 1
-    ) -> None:
+    def __init__(self, data: Dataset, config: FitConfig, inputs: Inputs, rank: int = 0, processes: int = 1) -> None:
         images = data.kind == "image"
         if config.augment not in ("none", "shift"):
             remedy = f"is for images, and {data.name} is of kind {data.kind!r}: use 'none' or 'shift'"
             check(images, "augment", config.augment, remedy)
         items = len(data.train.y)
         check(items >= processes, "data", data.name, f"has {items} training items for {processes} processes")
-        self.config, self.device, self.rank, self.processes = config, device, rank, processes
+        device = inputs.device
+        self.config, self.inputs, self.device, self.rank, self.processes = config, inputs, device, rank, processes
         self.items, self.size = items, tuple(data.train.x.shape[2:])
         self.fill = images  # a series has no natural background: there the border is repeated
-        self.statistics = Statistics(data, device)
         self.y = data.train.y.to(device)
         self.policy = None
         if config.policy:
@@ -89,7 +67,7 @@ class Batches:
                 x = shift(x, plan.shifts[a:b], fill=self.fill)
             if plan.flips is not None:
                 x = flip(x, plan.flips[a:b])
-            x = self.statistics(x)
+            x = self.inputs(x)
             yield Batch(mix(x, how) if how else x, self.y.index_select(0, plan.order[a:b]), how, last - first)
 
     def _slice(self, first: int, last: int) -> tuple[int, int]:

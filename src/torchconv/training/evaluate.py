@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive, require
 from torchconv.data import Dataset, Split
-from torchconv.training.batches import Statistics, resident
 from torchconv.training.device import resolve_device
+from torchconv.training.inputs import Inputs, inputs_for, resident
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -53,14 +53,13 @@ def evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator[
 
 
 def batch_logits(
-    model: nn.Module, x: Tensor, data: Dataset, batch_size: int, device: torch.device, context: Context = nullcontext
+    model: nn.Module, x: Tensor, classes: int, batch_size: int, inputs: Inputs, context: Context = nullcontext
 ) -> Iterator[Tensor]:
-    """Float32 logits of raw ``x``, batch by batch, on ``device``."""
-    statistics = Statistics(data, device)
+    """Float32 logits of raw ``x``, batch by batch, on the device of ``inputs``."""
     for piece in x.split(batch_size):
         with context():
-            logits = model(statistics(piece.to(device, non_blocking=True)))
-        yield check_logits(logits, len(piece), data.num_classes, model).float()
+            logits = model(inputs(piece.to(inputs.device, non_blocking=True)))
+        yield check_logits(logits, len(piece), classes, model).float()
 
 
 def predict(
@@ -85,7 +84,8 @@ def predict(
     shape = tuple(data.train.x.shape[1:])
     check(x.shape[1:2] == shape[:1] and x.dim() == len(shape) + 1, "x", tuple(x.shape), f"expected (N, *{shape})")
     with evaluating(model, device) as place:
-        pieces = list(batch_logits(model, x, data, batch_size, place)) if len(x) else []
+        inputs = inputs_for(model, data, place)
+        pieces = list(batch_logits(model, x, data.num_classes, batch_size, inputs)) if len(x) else []
         return torch.cat(pieces).cpu() if pieces else torch.empty(0, data.num_classes)
 
 
@@ -102,7 +102,7 @@ def evaluate(
     check(len(split.y) > 0, "split", f"{len(split.y)} items", "has nothing to evaluate")
     with evaluating(model, device) as place:
         x, y = resident(split.x, place), split.y.to(place)
-        loss, accuracy = score(model, x, y, data, batch_size, place)
+        loss, accuracy = score(model, x, y, data.num_classes, batch_size, inputs_for(model, data, place))
     return Evaluation(loss / len(y), exact(accuracy, len(y)), len(y))
 
 
@@ -115,19 +115,19 @@ def score(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    data: Dataset,
+    classes: int,
     batch_size: int,
-    device: torch.device,
+    inputs: Inputs,
     context: Context = nullcontext,
     sync: bool = False,
 ) -> tuple[float, float]:
     """Summed cross-entropy of these items, and the accuracy (over all processes with ``sync``)."""
     classification = require("torchmetrics.classification", "compare")
     metric = classification.MulticlassAccuracy(
-        num_classes=data.num_classes, average="micro", validate_args=False, sync_on_compute=sync
-    ).to(device)
-    total = torch.zeros((), device=device)
-    outputs = batch_logits(model, x, data, batch_size, device, context)
+        num_classes=classes, average="micro", validate_args=False, sync_on_compute=sync
+    ).to(inputs.device)
+    total = torch.zeros((), device=inputs.device)
+    outputs = batch_logits(model, x, classes, batch_size, inputs, context)
     for logits, labels in zip(outputs, y.split(batch_size), strict=True):
         total += F.cross_entropy(logits, labels, reduction="sum")
         metric.update(logits, labels)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torchconv._common import check
 from torchconv.data import Dataset
 from torchconv.training import checkpoint
-from torchconv.training.batches import Batch, Batches, resident
+from torchconv.training.batches import Batch, Batches
 from torchconv.training.config import CheckpointError, EpochRecord, FitConfig, FitResult, NonFiniteLossError
 from torchconv.training.device import accelerator
 from torchconv.training.ema import Ema
 from torchconv.training.evaluate import check_logits, exact, score
+from torchconv.training.inputs import inputs_for, resident
 from torchconv.training.optim import Hooks, learning_rate, make_optimizer
 from torchconv.training.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
 
@@ -88,12 +89,12 @@ class _Run:
         self.processes: int = runner.num_processes
         remedy = f"needs at least 2 items for each of {self.processes} processes"
         check(self.processes == 1 or config.batch_size >= 2 * self.processes, "batch_size", config.batch_size, remedy)
-        seed_everything(config.seed + runner.process_index, self.device)
         self.fingerprint = checkpoint.fingerprint(model, data, config, self.processes)
-        self.batches = Batches(data, config, self.device, runner.process_index, self.processes)
+        self.inputs = inputs_for(model.to(self.device), data, self.device)
+        seed_everything(config.seed + runner.process_index, self.device)
+        self.batches = Batches(data, config, self.inputs, runner.process_index, self.processes)
         mine = slice(runner.process_index, None, self.processes)
         self.val_x, self.val_y = resident(data.val.x[mine], self.device), data.val.y[mine].to(self.device)
-        model.to(self.device)
         self.hooks = Hooks(model)
         self.optimizer = make_optimizer(model, config)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -210,8 +211,8 @@ class _Run:
         subject.eval()
         items, several = len(self.data.val.y), self.processes > 1
         with torch.no_grad():
-            size, context = max(256, self.config.batch_size), self.runner.autocast
-            total, accuracy = score(subject, self.val_x, self.val_y, self.data, size, self.device, context, several)
+            size, context, classes = max(256, self.config.batch_size), self.runner.autocast, self.data.num_classes
+            total, accuracy = score(subject, self.val_x, self.val_y, classes, size, self.inputs, context, several)
         loss = self._sum(torch.tensor([total], device=self.device)).item() / items
         return loss, exact(accuracy, items)
 
