@@ -192,7 +192,7 @@ def fake_results(seeds: int = 3, incomplete: bool = True) -> dict[str, Any]:
             "candidates. It is 118 % slower at batch 64 than conv. The data do not separate it from unireplknet, so it "
             "is a good choice, not the best for certain. Of these, unireplknet is 32 % faster at batch 64 than dcls.",
             "reasons": [
-                f"{c['label']} is {'more accurate' if c['difference']['significant'] else 'not more accurate'} than conv: "
+                f"{c['label']} is {'' if c['difference']['significant'] else 'not '}more accurate than conv: "
                 f"{_points(c)}, p = {c['difference']['p_adjusted']:.3f} corrected."
                 for c in candidates
                 if c.get("difference")

@@ -167,6 +167,10 @@ def _overlap(a: Box, b: Box) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
+def _distance(point: tuple[float, float], box: Box) -> float:
+    return math.hypot(max(box[0] - point[0], 0, point[0] - box[2]), max(box[1] - point[1], 0, point[1] - box[3]))
+
+
 def place_labels(
     points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], frame: Box, obstacles: Sequence[Box]
 ) -> list[Box]:
@@ -177,6 +181,7 @@ def place_labels(
     """
     options: list[list[tuple[float, Box]]] = []
     for (px, py), (width, height) in zip(points, sizes, strict=True):
+        rivals = [point for point in points if point != (px, py)]
         places = []
         for radius in (7, 14, 24, 36, 50, 66, 84, 104):
             for angle in range(0, 360, 30 if radius > 10 else 45):
@@ -186,7 +191,10 @@ def place_labels(
                 box = (left, top, left + width, top + height)
                 outside = width * height - _overlap(box, frame)
                 hidden = sum(_overlap(box, thing) for thing in obstacles)
-                places.append((radius * 0.6 + abs(sin) * 1.5 + 60 * outside + 3 * hidden, box))
+                own = _distance((px, py), box)
+                # A label nearer to another's mark would be read as its name.
+                mistaken = sum(max(own + 4 - _distance(rival, box), 0.0) for rival in rivals)
+                places.append((radius + abs(sin) * 1.5 + 60 * outside + 3 * hidden + 4 * mistaken, box))
         options.append(places)
     chosen = [min(places)[1] for places in options]
     for _ in range(6):
