@@ -69,7 +69,7 @@ class UniRepLKNet(nn.Module):
         ValueError: an argument is out of range; the message names it.
 
     Example:
-        >>> net = UniRepLKNet(3, 5, (1, 1, 1, 1), (8, 8, 8, 8), kernel_sizes=((3,), (7,), (13,), (5,)))
+        >>> net = UniRepLKNet(3, 5, (1, 1, 1, 1), (8, 8, 8, 8), kernel_sizes=((3,), (7,), (13,), (5,))).eval()
         >>> net(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 5])
 
@@ -153,9 +153,11 @@ class UniRepLKNet(nn.Module):
         outputs = []
         for reduce, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = reduce(x)
-            for block in stage:  # type: ignore[attr-defined]
-                recompute = self.grad_checkpointing and self.training
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if self.grad_checkpointing and self.training:
+                for block in stage:  # type: ignore[attr-defined]
+                    x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = stage(x)
             outputs.append(x)
         return outputs
 
