@@ -32,8 +32,9 @@ class Part:
 
     ``supports`` names the constructor arguments that an operator honours beyond the plain case: what is not listed
     raises ``ValueError``. ``merges`` is "conv" when ``merge()`` returns one plain ``nn.ConvNd``, "self" when it
-    returns a cheaper equivalent. ``since`` is the version that brought it. ``mixer`` and ``conv`` are constructor options for the two places where an operator
-    is dropped in: as the spatial mixer of a block, and instead of a k × k convolution.
+    returns a cheaper equivalent. ``since`` is the version that brought it. ``mixer`` and ``conv`` are constructor
+    options for the two places where an operator is dropped in: as the spatial mixer of a block, and instead of a
+    k × k convolution.
     """
 
     name: str

@@ -9,7 +9,7 @@ from torch import nn
 
 from torchconv._common import check_choice, check_positive
 from torchconv.analysis.count import count
-from torchconv.analysis.latency import machine, paired_latency
+from torchconv.analysis.latency import PairedLatency, machine, paired_latency
 from torchconv.catalog import operators
 from torchconv.compare.nets import make_candidate
 from torchconv.ops import as_mixer
@@ -52,14 +52,14 @@ def bench(
         check_positive(name, value)
     ndim = len(size)
     candidates = [make_candidate(op) for op in ops or tuple(operators(ndim))]
-    options = {"dtype": DTYPES[dtype], "device": device}
+    where: dict[str, Any] = {"dtype": DTYPES[dtype], "device": device}
     models: dict[str, nn.Module] = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for candidate in candidates:
             made = as_mixer(candidate.op, channels, ndim, **dict(candidate.options))
-            models[candidate.label] = made.to(**options)
-        x = torch.randn(batch, channels, *size).to(**options)
+            models[candidate.label] = made.to(**where)
+        x = torch.randn(batch, channels, *size).to(**where)
     if channels_last and ndim == 2:
         x = x.contiguous(memory_format=torch.channels_last)
         models = {k: m.to(memory_format=torch.channels_last) for k, m in models.items()}
@@ -69,33 +69,25 @@ def bench(
         counted = count(model, x)
         params = sum(p.numel() for p in models[label].parameters())
         rows[label] = {"op": label, "params": params, "macs": counted.macs, "flops": counted.flops}
-    where = torch.device(device)
-    with torch.inference_mode():
-        forward = {k: _forward(m, x) for k, m in ready.items()}
-        _fill(rows, "forward", forward, where, min_seconds)
+    _fill(rows, "forward", paired_latency(ready, x, min_seconds=min_seconds))
     if backward:
         leaf = x.detach().requires_grad_()
         training = {k: _training(m.train(), leaf) for k, m in models.items()}
-        _fill(rows, "training", training, where, min_seconds)
+        # latency's own calls run without gradients; these take them back.
+        _fill(rows, "training", paired_latency(training, min_seconds=min_seconds, device=device))
     shape = {"batch": batch, "channels": channels, "size": list(size), "dtype": dtype, "channels_last": channels_last}
     return {"schema": 1, "machine": machine(), "device": device, "input": shape, "rows": list(rows.values())}
 
 
-def _fill(rows: dict[str, Any], name: str, calls: dict[str, Any], device: torch.device, min_seconds: float) -> None:
-    timed = paired_latency(calls, device=device, min_seconds=min_seconds)
-    baseline = next(iter(calls))
-    for label in calls:
-        ratio = timed.ratio(label, baseline)
+def _fill(rows: dict[str, Any], name: str, timed: PairedLatency) -> None:
+    for label, single in timed.latencies.items():
+        ratio = timed.ratios.get(label)
         rows[label] |= {
-            f"{name}_ms": timed[label].median_ms,
-            f"{name}_p95_ms": timed[label].p95_ms,
-            f"{name}_ratio": ratio.median,
-            f"{name}_ratio_interval": [ratio.low, ratio.high],
+            f"{name}_ms": single.median_ms,
+            f"{name}_p95_ms": single.p95_ms,
+            f"{name}_ratio": ratio.median if ratio else 1.0,
+            f"{name}_ratio_interval": [ratio.low, ratio.high] if ratio else [1.0, 1.0],
         }
-
-
-def _forward(model: nn.Module, x: torch.Tensor) -> Any:
-    return lambda: model(x)
 
 
 def _training(model: nn.Module, x: torch.Tensor) -> Any:
@@ -104,6 +96,7 @@ def _training(model: nn.Module, x: torch.Tensor) -> Any:
     def step() -> None:
         model.zero_grad(set_to_none=True)
         x.grad = None
-        model(x).backward(cotangent)
+        with torch.enable_grad():
+            model(x).backward(cotangent)
 
     return step

@@ -69,8 +69,8 @@ def field_of(model: nn.Module, data: Dataset) -> dict[str, Any] | None:
     if picture.dim() == 3:
         picture = picture.amax(0)
     picture = picture.reshape(1, 1, *picture.shape) if picture.dim() == 2 else picture.reshape(1, 1, 1, -1)
-    size = [min(n, 64) for n in picture.shape[2:]]
-    small = nn.functional.adaptive_avg_pool2d(picture, size)[0, 0]
+    height, width = (min(n, 64) for n in picture.shape[2:])
+    small = nn.functional.adaptive_avg_pool2d(picture, (height, width))[0, 0]
     return {
         "size": list(data.test.x.shape[2:]),
         "map": _rounded(small),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchconv._common import check_choice
-from torchconv.analysis.count import count
 from torchconv.analysis.latency import paired_latency
 from torchconv.compare.nets import Candidate, Net, Shape
 from torchconv.surgery.merging import merge, stored_parameters
@@ -58,7 +59,39 @@ def parameters_of(net: Net, candidate: Candidate, shape: Shape, width: int, fine
 def macs_of(net: Net, candidate: Candidate, shape: Shape, width: int, fine: int) -> int:
     """Multiply-adds of a candidate's inference form for one input."""
     model, x = _on_meta(net, candidate, shape, width, fine)
-    return count(merge(model, x), x).macs
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        merge(model, x)(x)
+    # The same formulas as torchconv.analysis.count, without the rest that it counts.
+    return int(counter.get_total_flops()) // 2
+
+
+def _cross(cost: Callable[[int], float], target: float, step: int, start: int) -> tuple[int, int]:
+    """Neighbouring multiples of ``step`` between which the growing ``cost`` crosses ``target``.
+
+    Regula falsi in the logarithms, where costs are nearly straight lines, with a bisection whenever it stalls: a
+    handful of evaluations instead of a dozen.
+    """
+    low, high, at_low, at_high = step, start, 0.0, cost(start)
+    if at_high >= target and start > step:
+        at_low = cost(step)
+        if at_low >= target:
+            return step, step
+    while at_high < target and high < 4096 * step:
+        low, at_low, high = high, at_high, 2 * high
+        at_high = cost(high)
+    stalled = False
+    while high - low > step:
+        share = 0.5
+        if not stalled and 0 < at_low < target:
+            share = math.log(target / at_low) / math.log(at_high / at_low)
+        middle = low + step * min(max(round(share * (high - low) / step), 1), (high - low) // step - 1)
+        value, before = cost(middle), high - low
+        if value < target:
+            low, at_low = middle, value
+        else:
+            high, at_high = middle, value
+        stalled = high - low > before / 2
+    return low, high
 
 
 def _solve(cost: Cost, net: Net, start: int, step: int, target: float, tolerance: float) -> tuple[int, int, float]:
@@ -69,21 +102,11 @@ def _solve(cost: Cost, net: Net, start: int, step: int, target: float, tolerance
             seen[width, fine] = cost(width, fine)
         return seen[width, fine]
 
-    # The width at which the nominal proportions cross the target.
-    low, high = step, start
-    while at(high, net.fine(high)) < target and high < 4096 * step:
-        low, high = high, 2 * high
-    while high - low > step:
-        middle = low + step * ((high - low) // (2 * step))
-        low, high = (middle, high) if at(middle, net.fine(middle)) < target else (low, middle)
-    # Around it, the inner width that hits the target.
-    for width in {max(step, w) for w in (low - step, low, high, high + step)}:
-        nominal = net.fine(width)
-        below, above = max(1, nominal // 2), 2 * nominal
-        while above - below > 1:
-            middle = (below + above) // 2
-            below, above = (middle, above) if at(width, middle) < target else (below, middle)
-        at(width, below), at(width, above)
+    # The two widths between which the nominal proportions cross the target.
+    low, high = _cross(lambda w: at(w, net.fine(w)), target, step, start)
+    # At each, the inner width that hits the target.
+    for width in {low, high}:
+        _cross(partial(at, width), target, 1, net.fine(width))
 
     def error(size: tuple[int, int]) -> float:
         return abs(seen[size] / target - 1)
@@ -98,9 +121,8 @@ def _solve(cost: Cost, net: Net, start: int, step: int, target: float, tolerance
 
 def _latency_ratio(model: nn.Module, baseline: nn.Module, x: Tensor, min_seconds: float) -> float:
     """Median of the paired ratios model / baseline."""
-    with torch.no_grad():
-        result = paired_latency({"baseline": lambda: baseline(x), "model": lambda: model(x)}, min_seconds=min_seconds)
-    return result.ratio("model", "baseline").median
+    timed = paired_latency({"baseline": baseline, "model": model}, x, min_seconds=min_seconds)
+    return timed.ratios["model"].median
 
 
 def solve(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchconv.analysis.count import count
-from torchconv.analysis.latency import paired_latency, peak_memory
+from torchconv.analysis.latency import model_peak_memory, paired_latency
 from torchconv.compare.nets import Shape
 from torchconv.surgery.merging import merge, stored_parameters
 
@@ -21,38 +21,29 @@ def counts_of(model: nn.Module, shape: Shape) -> dict[str, Any]:
         "params": stored_parameters(model),
         "macs": counted.macs,
         "flops": counted.flops,
-        "counts": {
-            "convolution": counted.convolution,
-            "matmul": counted.matmul,
-            "fft": counted.fft,
-            "elementwise": counted.elementwise,
-            "not_counted": list(counted.not_counted),
-        },
+        "counts": counted.kinds(),
     }
 
 
 def latencies_of(models: dict[str, nn.Module], shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
-    """Latency at batch 1 and ``batch``, throughput and peak memory of each network, timed in turn so that drift cancels.
+    """Latency at batch 1 and ``batch``, throughput and peak memory of each network.
 
-    The order within a round changes; figures are medians and 95th percentiles over the rounds.
+    The networks take turns within a round, in changing order, so that drift cancels; figures are medians and 95th
+    percentiles over the rounds.
     """
-    ready, found = {}, {label: {} for label in models}  # type: dict[str, nn.Module], dict[str, dict[str, Any]]
+    ready: dict[str, nn.Module] = {}
+    found: dict[str, dict[str, Any]] = {label: {} for label in models}
     for label, model in models.items():
         x = torch.zeros(1, shape.channels, *shape.size)
         ready[label] = merge(model.cpu(), x).to(device)
     for name, size in (("batch1", 1), ("batchN", batch)):
         x = torch.randn(size, shape.channels, *shape.size, device=device)
-        with torch.inference_mode():
-            timed = paired_latency({label: _call(m, x) for label, m in ready.items()}, device=device)
-            for label, model in ready.items():
-                single = timed[label]
-                entry = {"median_ms": single.median_ms, "p95_ms": single.p95_ms}
-                found[label].setdefault("latency", {})[name] = entry if size == 1 else {"batch": size, **entry}
-                if size > 1:
-                    found[label]["throughput"] = size / single.median_ms * 1e3
-                    found[label]["peak_memory_bytes"] = peak_memory(_call(model, x), device=device)
+        timed = paired_latency(ready, x, min_seconds=0.5)
+        for label, model in ready.items():
+            single = timed.latencies[label]
+            entry: dict[str, Any] = single.summary()
+            found[label].setdefault("latency", {})[name] = entry if name == "batch1" else {"batch": size, **entry}
+            if name == "batchN":
+                found[label]["throughput"] = size / single.median_ms * 1e3
+                found[label]["peak_memory_bytes"] = model_peak_memory(model, x) if device.type != "mps" else None
     return found
-
-
-def _call(model: nn.Module, x: torch.Tensor) -> Any:
-    return lambda: model(x)

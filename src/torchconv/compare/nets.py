@@ -248,14 +248,14 @@ class Timm:
         timm = require("timm", "models")
         if not timm.is_model(self.model):
             raise ValueError(f"net='timm:{self.model}': {did_you_mean(self.model, timm.list_models())}")
-        options: dict[str, Any] = {"num_classes": shape.classes, "in_chans": shape.channels}
+        settings: dict[str, Any] = {"num_classes": shape.classes, "in_chans": shape.channels}
         if (width, fine) != (100, 100):
             argument, base = _channels_argument(timm, self.model)
             multiple = math.lcm(8, channel_multiple(candidate.op, 2))
             scaled = [max(multiple, multiple * round(c * width / 100 / multiple)) for c in base]
             scaled[-1] = max(multiple, multiple * round(base[-1] * fine / 100 / multiple))
-            options[argument] = tuple(scaled)
-        model: nn.Module = timm.create_model(self.model, **options)
+            settings[argument] = tuple(scaled)
+        model: nn.Module = timm.create_model(self.model, **settings)
         replaced = _replace(model, candidate, shape.channels)
         check(replaced > 0, "net", f"timm:{self.model}", "has no spatial convolution to put an operator in place of")
         return model
@@ -310,12 +310,12 @@ def make_net(spec: str) -> Net:
     if head == "timm":
         check(len(rest) == 1 and bool(rest[0]), "net", spec, "give a timm model, as in timm:convnext_atto")
         return Timm(rest[0], spec)
-    kinds: dict[str, Any] = {"mini": Mini, "resnet": ResNet20}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "mini": (Mini, {"depth": int, "base": int, "expansion": float}),
+        "resnet": (ResNet20, {"base": int, "blocks": int}),
+    }
     check(head in kinds, "net", spec, "choose mini, resnet or timm:NAME")
-    allowed: dict[str, Any] = {
-        "mini": {"depth": int, "base": int, "expansion": float},
-        "resnet": {"base": int, "blocks": int},
-    }[head]
+    make, allowed = kinds[head]
     options = {}
     for item in rest:
         key, _, value = item.partition("=")
@@ -325,7 +325,7 @@ def make_net(spec: str) -> Net:
         except ValueError:
             raise ValueError(f"net={spec!r}: {key} must be a number, got {value!r}") from None
         check(options[key] > 0, "net", spec, f"{key} must be positive")
-    net: Net = kinds[head](**options, name=spec)
+    net: Net = make(**options, name=spec)
     return net
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torchconv.compare.nets import Candidate, make_net
 from torchconv.compare.report import write_csv, write_report
 from torchconv.compare.schedule import choose_jobs, run_trials
 from torchconv.compare.trial import Trial, build, load_data, shape_of
-from torchconv.data import Dataset
+from torchconv.data import Dataset, Split
 from torchconv.training import fit
 
 PLAN_SCHEMA = 1
@@ -78,7 +78,8 @@ def _epochs_in(config: CompareConfig, data: Dataset, sized: list[tuple[Candidate
     """Epochs that fill the time budget, from a short measured run of every candidate."""
     assert config.time_budget is not None
     steps, seconds = 12, 0.0
-    few = Dataset(**{**vars(data), "train": data.train.take(steps * config.batch_size), "val": data.val.take(64)})
+    train = Split(data.train.x[: steps * config.batch_size], data.train.y[: steps * config.batch_size])
+    few = replace(data, train=train, val=Split(data.val.x[:64], data.val.y[:64]))
     share = max(1.0, len(data.train) / len(few.train))
     for candidate, width, fine in sized:
         trial = Trial(config, candidate, width, fine, config.seed, 1, "none", 1, data.fingerprint, "")

@@ -99,9 +99,9 @@ def _on_cluster(trials: list[Trial], address: str, done: Done) -> None:
         }
         for future in distributed.as_completed(list(futures)):
             trial, folder = futures[future], Path(futures[future].folder)
-            error = future.exception()
-            if error is not None:
-                metrics = failure(trial, f"{type(error).__name__}: {error}".split("\n")[0])
+            crash = future.exception()
+            if crash is not None:
+                metrics = failure(trial, f"{type(crash).__name__}: {crash}".split("\n")[0])
                 write_json(folder / "metrics.json", metrics)
             else:
                 metrics, files = future.result()

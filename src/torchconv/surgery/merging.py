@@ -35,6 +35,11 @@ def _flops(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     return int(counter.get_total_flops())
 
 
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for modules of the same make, whose costs are then equal too."""
+    return repr(module), *(tuple(p.shape) for p in module.parameters())
+
+
 def merge(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """A copy of ``model`` in eval mode in which every mergeable module is its exact inference form.
 
@@ -55,14 +60,18 @@ def merge(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         if hasattr(module, "merge") and not any(name.startswith(f"{outer}.") for outer in names):
             names.append(name)
     inputs = _inputs_of(result, set(names), example) if example is not None else {}
+    worth: dict[Any, bool] = {}
     for name in names:
         module = result.get_submodule(name)
         fold: Any = module.merge
-        smaller = fold()
-        if name in inputs and _flops(smaller, inputs[name]) > _flops(module, inputs[name]):
-            continue
+        if name in inputs:
+            key = (_kind(module), *(tuple(x.shape) for x in inputs[name]))
+            if key not in worth:
+                worth[key] = _flops(fold(), inputs[name]) <= _flops(module, inputs[name])
+            if not worth[key]:
+                continue
         parent, _, leaf = name.rpartition(".")
-        setattr(result.get_submodule(parent), leaf, smaller)
+        setattr(result.get_submodule(parent), leaf, fold())
     return result
 
 
@@ -71,12 +80,16 @@ def stored_parameters(model: nn.Module) -> int:
 
     Buffers of batch norms count neither way, as usual for published parameter counts.
     """
-    total = 0
+    saved: dict[Any, int] = {}
     done: set[str] = set()
+    total = sum(p.numel() for p in model.parameters())
     for name, module in model.named_modules():
         if hasattr(module, "merge") and not any(name.startswith(f"{outer}.") or outer == "" for outer in done):
             done.add(name)
-            fold: Any = module.merge
-            own, folded = (sum(p.numel() for p in m.parameters()) for m in (module, fold()))
-            total += min(own, folded) - own
-    return total + sum(p.numel() for p in model.parameters())
+            key = _kind(module)
+            if key not in saved:
+                fold: Any = module.merge
+                own, folded = (sum(p.numel() for p in m.parameters()) for m in (module, fold()))
+                saved[key] = max(0, own - folded)
+            total -= saved[key]
+    return total
