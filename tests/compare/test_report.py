@@ -22,7 +22,7 @@ from PIL import Image
 from tests.compare._fake import fake_results
 from torchconv.compare import _format as fmt
 from torchconv.compare._page import badge, page
-from torchconv.compare._pictures import diverging, gallery, heat
+from torchconv.compare._pictures import diverging, gallery, heat, receptive_field
 from torchconv.compare._svg import Scale, _overlap, place_labels, png, spread
 from torchconv.compare.plots import Series
 from torchconv.compare.report import front_of, write_csv, write_report
@@ -250,6 +250,9 @@ def test_series_and_volumes(tmp_path: Path) -> None:
     found = gallery(Series(1, "two", two))
     assert found is not None
     assert [(layer.name, len(layer.images), layer.shape) for layer in found.layers] == [("mixer", 16, "5 × 5")]
+    field = receptive_field(Series(4, "even", {"erf": {"size": [8, 8], "map": [[0.0] * 8] * 8, "sides": {"0.5": 3}}}))
+    assert field is not None
+    assert 'x="75" y="75" width="75" height="75"' in field  # pixels 3 to 5 of 0 to 7, 25 units each
     found = gallery(Series(2, "three", three))
     assert found is not None
     assert found.slices

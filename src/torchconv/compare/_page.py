@@ -146,8 +146,11 @@ def _facts(results: dict[str, Any], series: list[Series]) -> list[tuple[str, str
     budget += f", {fmt.count(target)}" if target and match in ("params", "macs") else ""
     seeds = config.get("seeds")
     seeds = len(seeds) if isinstance(seeds, list | tuple) else seeds
-    length = str(config["epochs"]) + " epochs" if config.get("epochs") else ""
-    device = dig(results, "environment", "device")
+    epochs = number(config.get("epochs"))
+    length = f"{epochs:.0f} epoch{'s' if epochs != 1 else ''}" if epochs else ""
+    machine = results.get("environment") or {}
+    where = ("device", "cpu") if str(config.get("device")).startswith("cpu") else ("device", "gpu", "cpu")
+    device = next((machine[key] for key in where if machine.get(key)), None)
     facts = [
         ("Data", ", ".join(a for a in about if a)),
         ("Items", " · ".join(split)),
@@ -337,8 +340,16 @@ def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += _flat(value, f"{name}: ")
         elif value is not None and value != []:
-            rows.append((name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
+            rows.append(
+                (name.removesuffix(" bytes"), fmt.memory(value)) if name.endswith(" bytes") else (name, _text(value))
+            )
     return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _when(value: Any) -> str:

@@ -136,15 +136,17 @@ def receptive_field(series: Series) -> Svg | None:
     for share, side in _sides(series):
         if side is None:
             continue
-        words.append(f"{share:.0%} of it within a side of {fmt.short(side)} pixels")
+        words.append(f"{share:.0%} of the brightness within a side of {fmt.short(side)} pixels")
         w, h = min(side * unit, width), height if rows == 1 else min(side * unit, height)
         if share not in _MARKED:
             continue
         look = f"side {_MARKED[share]}"
-        place = {"x": (width - w) / 2, "y": (height - h) / 2, "width": w, "height": h}
+        # The centre is pixel size // 2: of an even size, half a pixel behind the middle.
+        x, y = (min((n // 2 + 0.5) * unit - s / 2, n * unit - s) for n, s in ((wide, w), (high, h)))
+        place = {"x": max(x, 0.0), "y": 0.0 if rows == 1 else max(y, 0.0), "width": w, "height": h}
         marks.append(el("rect", **place, cls=look + " under"))
         marks.append(el("rect", **place, cls=look))
-    what = "; ".join(words) or "Brightness is the log of the mean gradient"
+    what = "; ".join(words) or "Brightness is the log of the influence on the centre"
     title = f"Effective receptive field of {series.label}"
     return figure(f"erf-{series.index}", title, what + ".", (width, height), picture, *marks)
 

@@ -174,7 +174,7 @@ def lines(
         y = Scale(*padded(every, 0.05, floor=0.005), height - 42, 10)
     x_values = [v for c in curves for v in c[1]]
     low, high = min(x_values), max(x_values)
-    x = Scale(low, high if high > low else low + 1, 48, right)
+    x = Scale(low, high, 48, right) if high > low else Scale(low - 0.5, low + 0.5, 48, right)
     whole = all(float(v).is_integer() for v in x_values)
     marks: list[Svg] = []
     ends = spread([y(c[2][-1]) for c in curves], 12.0, 10, height - 44)
