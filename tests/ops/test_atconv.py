@@ -256,3 +256,13 @@ def test_drop_path_keeps_the_mean():
     torch.testing.assert_close(y.unique(), torch.tensor([0.0, 4 / 3]))
     assert abs(float(y.mean()) - 1) < 0.05
     assert torch.equal(drop.eval()(y), y)
+
+
+def test_claim_task_shifts_as_the_code_says():
+    from torchconv.claims.atconv import _batch
+
+    x, y = _batch(8, torch.Generator().manual_seed(0))
+    assert torch.equal(x[:, 1] + x[:, 2], torch.ones_like(x[:, 1]))
+    for image, target in zip(x, y, strict=True):
+        moved = image[0, :-1] if image[2, 0, 0] else image[0, :, :-1]
+        assert torch.equal(target[0, 1:] if image[2, 0, 0] else target[0, :, 1:], moved)

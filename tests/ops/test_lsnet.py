@@ -215,3 +215,21 @@ def test_network_with_two_heads_merges_into_one():
     torch.testing.assert_close(merged.merge()(x), merged(x))
     with pytest.raises(ValueError, match="depths="):
         LSNet(depths=(1, 2))
+
+
+def test_claim_target_is_the_bilateral_filter():
+    from torchconv.claims.lsnet import _images, _ratio_interval
+
+    noisy, target = (t[0, 0].double() for t in _images())
+    i, j = 50, 70
+    total = weight_sum = 0.0
+    for u in (-1, 0, 1):
+        for v in (-1, 0, 1):
+            value = noisy[i + u, j + v]
+            weight = torch.exp(-torch.tensor((u * u + v * v) / 2) - (value - noisy[i, j]) ** 2 / (2 * noisy.var()))
+            total, weight_sum = total + weight * value, weight_sum + weight
+    torch.testing.assert_close(target[i, j], total / weight_sum, rtol=1e-5, atol=1e-6)
+    effect, low, high = _ratio_interval(torch.full((9,), 3.0), torch.full((9,), 2.0))
+    assert effect == pytest.approx(0.5)
+    assert low == pytest.approx(0.5)
+    assert high == pytest.approx(0.5)
