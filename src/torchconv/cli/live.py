@@ -94,7 +94,7 @@ class LiveListener(Listener):
                 now = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
             except (FileNotFoundError, ValueError):
                 continue
-            epoch = now["epoch"] + 1
+            epoch = now["epoch"]
             finished += epoch
             left = (trial.epochs - epoch) * now["seconds"]
             if table.row_count < height:

@@ -24,7 +24,7 @@ def _curves(ended: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "seed": m["seed"],
-            "epochs": [r["epoch"] + 1 for r in m["history"]],
+            "epochs": [r["epoch"] for r in m["history"]],
             "train_loss": [r["train_loss"] for r in m["history"]],
             "val_accuracy": [r["val_accuracy"] for r in m["history"]],
         }

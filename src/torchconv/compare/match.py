@@ -59,8 +59,9 @@ def parameters_of(net: Net, candidate: Candidate, shape: Shape, width: int, fine
 def macs_of(net: Net, candidate: Candidate, shape: Shape, width: int, fine: int) -> int:
     """Multiply-adds of a candidate's inference form for one input."""
     model, x = _on_meta(net, candidate, shape, width, fine)
+    merged = merge(model, x)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        merge(model, x)(x)
+        merged(x)
     # The same formulas as torchconv.analysis.count, without the rest that it counts.
     return int(counter.get_total_flops()) // 2
 

@@ -44,6 +44,6 @@ def latencies_of(models: dict[str, nn.Module], shape: Shape, batch: int, device:
             entry: dict[str, Any] = single.summary()
             found[label].setdefault("latency", {})[name] = entry if name == "batch1" else {"batch": size, **entry}
             if name == "batchN":
-                found[label]["throughput"] = size / single.median_ms * 1e3
+                found[label]["latency"]["throughput"] = size / single.median_ms * 1e3
                 found[label]["peak_memory_bytes"] = model_peak_memory(model, x) if device.type != "mps" else None
     return found
