@@ -191,18 +191,19 @@ def dying(trial: Any) -> tuple[str, dict[str, Any]]:
     return schedule._named(trial)
 
 
-def test_operator_that_does_not_fit_the_data_is_left_out(tmp_path: Path) -> None:
+def test_operator_that_does_not_fit_is_left_out_and_volumes_work(tmp_path: Path) -> None:
     import numpy as np
 
     rng = np.random.default_rng(0)
     y = np.arange(120) % 3
     x = rng.normal(size=(120, 2, 5, 6, 4)).astype("float32") + y[:, None, None, None, None]
     np.savez(tmp_path / "volumes.npz", x=x, y=y)
-    settings = {"data": str(tmp_path / "volumes.npz"), "ops": ("conv", "lsnet"), "epochs": 1, "seeds": 1, "limit": None}
+    settings = {"data": str(tmp_path / "volumes.npz"), "ops": ("conv", "unireplknet:kernel_size=4")}
+    settings |= {"epochs": 1, "seeds": 1, "limit": None}
     results = compare(config(tmp_path / "run", **settings))
     assert [c["status"] for c in results["candidates"]] == ["ok", "skipped"]
-    assert "dimensions" in results["candidates"][1]["error"]
-    assert "lsnet" in (tmp_path / "run" / "report.html").read_text()
+    assert "kernel_size" in results["candidates"][1]["error"]
+    assert "unireplknet" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_time_budget_sets_the_epochs(tmp_path: Path) -> None:

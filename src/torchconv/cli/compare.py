@@ -36,7 +36,7 @@ def compare(
     match: Annotated[str, typer.Option(help="What is made equal: params, macs, latency or none.")] = "params",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions a candidate.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs a trial (10).")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs a trial (8).")] = None,
     time_budget: Annotated[
         str | None, typer.Option(help="Time for all training, as in 10m; sets the epochs instead.")
     ] = None,

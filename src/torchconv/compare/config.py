@@ -12,7 +12,7 @@ from torchconv.compare.nets import Candidate, make_candidate, make_net
 from torchconv.training import FitConfig
 
 DEFAULT_OPS = ("conv", "depthwise", "dcls", "inceptionnext", "unireplknet", "lsnet")
-DEFAULT_EPOCHS = 10
+DEFAULT_EPOCHS = 8
 # Where a run happens and how it is shown; everything else decides its numbers and must agree on --resume.
 WHERE = ("out", "jobs", "dask", "data_root")
 
@@ -27,7 +27,7 @@ class CompareConfig:
         net: "mini", "resnet" or "timm:NAME", with options (``mini:depth=6``).
         match: what is made equal: "params", "macs", "latency" or "none".
         seeds: number of repetitions, ≥ 1; ``seed`` is the first.
-        epochs: per trial; 10 when neither it nor ``time_budget`` is given.
+        epochs: per trial; 8 when neither it nor ``time_budget`` is given.
         time_budget: seconds for all training; the number of epochs is set from a measurement.
         device: "auto", "cpu", "cuda", ….
         jobs: trials at a time; None chooses.
