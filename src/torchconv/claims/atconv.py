@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import train
 
 WIDTH, SIZE, BATCH = 16, 12, 32
 
@@ -96,13 +97,9 @@ def _train(build: Callable[[], Any], seed: int, steps: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), build(), nn.Conv2d(WIDTH, 1, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def loss() -> Any:
         x, y = _batch(BATCH, generator)
-        loss = _interior(model(x), y).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+        return _interior(model(x), y).mean()
+
+    return train(model, loss, steps=steps, lr=5e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import paired_interval, test_accuracy
 
 _DELAYS, _TAPS = (-9, 2, 7), (1.0, -0.7, 0.5)
 
@@ -84,9 +85,7 @@ def _accuracy(model: Any, data: tuple[Any, ...], seed: int, epochs: int, lr: flo
             schedule.step()
             for layer in layers:
                 layer.after_step()
-    model.eval()
-    with torch.no_grad():
-        return float((model(x_test).argmax(1) == y_test).float().mean())
+    return test_accuracy(model.eval(), x_test, y_test)
 
 
 def _delays(version: str, seed: int, steps: int = 500) -> tuple[list[float], float]:
@@ -136,7 +135,6 @@ def _distance(places: list[float]) -> float:
 def run(budget: str, progress: Progress) -> Evidence:
     """The difference in accuracy over paired seeds with Student's 95 % interval; delays in the measurements."""
     import torch
-    from scipy import stats
 
     quick = budget == "quick"
     seeds, epochs, train, width, blocks = (4, 15, 600, 16, 2) if quick else (10, 40, 1000, 24, 3)
@@ -163,14 +161,12 @@ def run(budget: str, progress: Progress) -> Evidence:
             scores[name].append(_accuracy(model, data, seed, epochs))
         progress(f"seed {seed}: " + ", ".join(f"{name} {found[-1]:.3f}" for name, found in scores.items()))
     rival = max((name for name in arms if name != "dcls"), key=lambda name: sum(scores[name]))
-    differences = [a - b for a, b in zip(scores["dcls"], scores[rival], strict=True)]
-    mean = sum(differences) / seeds
-    low, high = stats.t.interval(0.95, seeds - 1, loc=mean, scale=stats.sem(differences))
+    mean, low, high = paired_interval(scores["dcls"], scores[rival], 100)
     gauss, narrow = recovered["gauss"], recovered["v1"]
     return Evidence(
-        effect=100 * mean,
-        low=100 * float(low),
-        high=100 * float(high),
+        effect=mean,
+        low=low,
+        high=high,
         unit="percentage points of test accuracy",
         meaning="positive: DCLS is more accurate than dilation at equal parameters",
         measurements={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import paired_interval, random_batches, test_accuracy, train
 
 _GATES = ("none", "eca", "se")
 _WIDTHS = (16, 32, 32)
@@ -62,18 +63,14 @@ def _train(kind: str, data: tuple[Any, ...], seed: int, steps: int) -> tuple[Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = _network(kind)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (64,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(net(x[rows]), y[rows]).backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
-    with torch.no_grad():
-        return net, float((net(x_test).argmax(1) == y_test).float().mean())
+    batch = random_batches(x, y, 64, seed)
+
+    def loss() -> Any:
+        images, labels = batch()
+        return F.cross_entropy(net(images), labels)
+
+    train(net, loss, steps=steps, lr=1e-2, one_cycle=True)
+    return net, test_accuracy(net, x_test, y_test)
 
 
 def _gates_of(net: Any, data: tuple[Any, ...], digits: tuple[int, ...]) -> dict[str, list[float]]:
@@ -96,8 +93,6 @@ def _gates_of(net: Any, data: tuple[Any, ...], digits: tuple[int, ...]) -> dict[
 )
 def run(budget: str, progress: Progress) -> Evidence:
     """Accuracy of ECA less squeeze-and-excitation's, supported where its interval lies above half a point lost."""
-    from scipy import stats
-
     from torchconv.analysis.latency import paired_latency
 
     seeds, steps = (6, 250) if budget == "quick" else (20, 500)
@@ -112,16 +107,12 @@ def run(budget: str, progress: Progress) -> Evidence:
     parameters = {kind: sum(p.numel() for p in net.parameters()) for kind, net in nets.items()}
     extra = {kind: parameters[kind] - parameters["none"] for kind in ("eca", "se")}
 
-    def compare(other: str) -> tuple[float, float, float]:
-        differences = [100 * (a - b) for a, b in zip(scores["eca"], scores[other], strict=True)]
-        mean, spread = sum(differences) / seeds, stats.t.ppf(0.975, seeds - 1) * stats.sem(differences)
-        return mean, mean - float(spread), mean + float(spread)
-
     measured = paired_latency(nets, data[2][:64], baseline="none", repeats=100)
     gates = _gates_of(nets["eca"], data, (0, 1))
     differ = max(abs(a - b) for a, b in zip(gates["0"], gates["1"], strict=True))
-    effect, low, high = compare("se")
-    gain, times = compare("none"), {k: [r.median, r.low, r.high] for k, r in measured.ratios.items()}
+    effect, low, high = paired_interval(scores["eca"], scores["se"], 100)
+    gain = paired_interval(scores["eca"], scores["none"], 100)
+    times = {kind: [r.median, r.low, r.high] for kind, r in measured.ratios.items()}
     return Evidence(
         effect=effect,
         low=low,

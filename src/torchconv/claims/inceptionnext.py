@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, Verdict, claim
+from torchconv.claims._support import paired_interval, random_batches, test_accuracy, train
 
 _MARGIN = 1.0
 
@@ -41,19 +42,14 @@ def _accuracy(mixer: Any, data: tuple[Any, ...], seed: int, steps: int) -> tuple
         torch.manual_seed(seed)
         layout: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64), "mlp_ratios": 2}
         net = MetaNeXt(1, 10, **layout, ls_init_value=0.1, token_mixer=mixer)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (64,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(net(x[rows]), y[rows]).backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
-    with torch.no_grad():
-        correct = (net(x_test).argmax(1) == y_test).float().mean()
-    return float(correct), sum(p.numel() for p in net.parameters())
+    batch = random_batches(x, y, 64, seed)
+
+    def loss() -> Any:
+        images, labels = batch()
+        return F.cross_entropy(net(images), labels)
+
+    train(net, loss, steps=steps, lr=4e-3, weight_decay=0.05, one_cycle=True)
+    return test_accuracy(net, x_test, y_test), sum(p.numel() for p in net.parameters())
 
 
 def _blocks(channels_last: bool, training: bool) -> dict[str, Any]:
@@ -98,7 +94,6 @@ def _words(ratio: list[float]) -> str:
 def run(budget: str, progress: Progress) -> Evidence:
     """Time saved in a training step; supported needs the accuracy to be no more than a point lower as well."""
     import torch
-    from scipy import stats
 
     from torchconv.analysis.latency import paired_latency
 
@@ -127,13 +122,11 @@ def run(budget: str, progress: Progress) -> Evidence:
             accuracy, parameters[name] = _accuracy(mixer, data, seed, steps)
             scores[name].append(accuracy)
         progress(f"seed {seed}: " + ", ".join(f"{name} {found[-1]:.3f}" for name, found in scores.items()))
-    differences = [100 * (a - b) for a, b in zip(scores["inception"], scores["depthwise 7x7"], strict=True)]
-    mean = sum(differences) / seeds
-    spread = float(stats.t.ppf(0.975, seeds - 1) * stats.sem(differences))
+    mean, low, high = paired_interval(scores["inception"], scores["depthwise 7x7"], 100)
     verdict: Verdict = "inconclusive"
-    if saved[1] > 0 and mean - spread > -_MARGIN:
+    if saved[1] > 0 and low > -_MARGIN:
         verdict = "supported"
-    elif saved[2] < 0 or mean + spread < -_MARGIN:
+    elif saved[2] < 0 or high < -_MARGIN:
         verdict = "not supported"
     return Evidence(
         effect=saved[0],
@@ -145,12 +138,12 @@ def run(budget: str, progress: Progress) -> Evidence:
         measurements={
             "block": times,
             "accuracy": scores,
-            "accuracy_difference_points": [mean, mean - spread, mean + spread],
+            "accuracy_difference_points": [mean, low, high],
             "parameters": parameters,
         },
         notes=[
-            f"Accuracy, inception less 7 x 7: {mean:+.2f} points, 95 % interval {mean - spread:+.2f} to "
-            f"{mean + spread:+.2f} over {seeds} seeds; within {_MARGIN:g} point counts as kept.",
+            f"Accuracy, inception less 7 x 7: {mean:+.2f} points, 95 % interval {low:+.2f} to "
+            f"{high:+.2f} over {seeds} seeds; within {_MARGIN:g} point counts as kept.",
             "Inference of the block, time over that of 7 x 7 with its interval: "
             + "; ".join(f"{label} {_words(t['ratio'])}" for label, t in times.items() if "inference" in label)
             + ". An interval that holds 1 shows no gain.",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import train
 
 WIDTH, CROP, NOISE = 16, 32, 0.08
 
@@ -114,23 +115,19 @@ def _train(build: Callable[[], Any], data: tuple[Any, Any], seed: int, steps: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(1, WIDTH, 1), build(), nn.Conv2d(WIDTH, 1, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     noisy, target = data
     rows, columns = (n - CROP + 1 for n in noisy.shape[2:])
-    for _ in range(steps):
+
+    def loss() -> Any:
         tops = torch.randint(rows, (16,), generator=generator).tolist()
         lefts = torch.randint(columns, (16,), generator=generator).tolist()
         x, y = (
             torch.cat([image[..., i : i + CROP, j : j + CROP] for i, j in zip(tops, lefts, strict=True)])
             for image in (noisy, target)
         )
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+        return (model(x) - y).square().mean()
+
+    return train(model, loss, steps=steps, lr=1e-2)
 
 
 def _tiles(image: Any) -> Any:

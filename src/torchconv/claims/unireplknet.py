@@ -6,6 +6,7 @@ from typing import Any
 
 from torchconv._common import require
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import paired_interval, train
 
 _SIZE, _REACH, _WIDTH = 24, 5, 16
 
@@ -34,15 +35,12 @@ def _train(kernel_size: int, seed: int, steps: int) -> Any:
     # Depthwise convolutions on the CPU train twice as fast in this memory format.
     model = model.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def loss() -> Any:
         x, y = _dots(16, generator)
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(model(x.to(memory_format=torch.channels_last)), y).backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+        return F.binary_cross_entropy_with_logits(model(x.to(memory_format=torch.channels_last)), y)
+
+    return train(model, loss, steps=steps, lr=4e-3)
 
 
 def _accuracy(logits: Any, y: Any) -> float:
@@ -99,7 +97,6 @@ def _side(kernel_size: int, seed: int, x: Any) -> int:
 def run(budget: str, progress: Progress) -> Evidence:
     """The difference in pixel accuracy over paired seeds with Student's 95 % interval; merge error and ERF sides."""
     import torch
-    from scipy import stats
     from torch import nn
 
     seeds, steps, size = (3, 200, 256) if budget == "quick" else (8, 1000, 256)
@@ -123,15 +120,13 @@ def run(budget: str, progress: Progress) -> Evidence:
         progress(
             f"seed {seed}: half of the contribution within {sides[13][-1]} against {sides[3][-1]} of {size} pixels"
         )
-    differences = [a - b for a, b in zip(scores[13], scores[3], strict=True)]
-    mean = sum(differences) / seeds
-    low, high = stats.t.interval(0.95, seeds - 1, loc=mean, scale=stats.sem(differences))
+    mean, low, high = paired_interval(scores[13], scores[3], 100)
     wider = all(a > b for a, b in zip(sides[13], sides[3], strict=True))
     exact = merge_error < 1e-4
     return Evidence(
-        effect=100 * mean,
-        low=100 * float(low),
-        high=100 * float(high),
+        effect=mean,
+        low=low,
+        high=high,
         unit="percentage points of pixel accuracy",
         meaning="positive: the block of kernel 13 is more accurate than the one of kernel 3, after merging",
         verdict=None if wider and exact else "not supported",

@@ -94,7 +94,9 @@ def _correct(label: str, trials: list[Trial]) -> np.ndarray:
     return np.stack([load_file(f"{t.folder}/predictions.safetensors")["correct"] for t in mine])
 
 
-def _notes(config: CompareConfig, candidates: list[dict[str, Any]]) -> list[str]:
+def _notes(
+    config: CompareConfig, plan: Plan, candidates: list[dict[str, Any]], environment: dict[str, Any]
+) -> list[str]:
     notes = []
     for c in candidates:
         error = (c.get("match") or {}).get("relative_error")
@@ -104,6 +106,8 @@ def _notes(config: CompareConfig, candidates: list[dict[str, Any]]) -> list[str]
         if failed and c["status"] == "ok":
             seeds = ", ".join(map(str, failed))
             notes.append(f"{c['label']}: seed {seeds} failed; its figures are those of the others.")
+    if len(plan.dataset["size"]) == 2 and environment.get("gpu") is None:
+        notes.append("Latency and memory are those of the channels-last layout.")
     if config.seeds == 1:
         notes.append("One seed: the intervals cover the choice of test items, not another training run.")
     return notes
@@ -131,7 +135,7 @@ def assemble(
         leader = max(correct, key=lambda label: float(correct[label].mean()))
         to_leader = {k: v["difference"] for k, v in stats.summarise(correct, leader, seed=config.seed).items()}
         answer = stats.verdict(ended, reference, against_best={k: d for k, d in to_leader.items() if d is not None})
-    notes = _notes(config, candidates)
+    notes = _notes(config, plan, candidates, environment)
     if reference != baseline and ended:
         notes.insert(0, f"The baseline {baseline} did not run; differences are to {reference}.")
     return {

@@ -39,7 +39,7 @@ def _spatial_kernel(module: nn.Module, ndim: int) -> Tensor | None:
 
 
 def kernels_of(model: nn.Module, ndim: int) -> list[dict[str, Any]]:
-    """Up to sixteen kernels of the first operator in the network, as nested lists; 1-D kernels are one row, of a 3-D
+    """Up to sixteen kernels, evenly over the channels, of the first operator in the network, as nested lists; 1-D kernels are one row, of a 3-D
     kernel the middle slice is shown. Empty where the operator has no kernel of its own (it makes them from the input).
     """
     for name, module in _operators(model):
@@ -47,7 +47,9 @@ def kernels_of(model: nn.Module, ndim: int) -> list[dict[str, Any]]:
             weight = _spatial_kernel(module, ndim)
         if weight is None:
             continue
-        flat = weight.detach().float().cpu().flatten(0, 1)[:KERNELS]
+        flat = weight.detach().float().cpu().flatten(0, 1)
+        # Evenly over the channels: the first ones may be alike (those that an Inception mixer passes on).
+        flat = flat[torch.linspace(0, len(flat) - 1, min(KERNELS, len(flat))).round().long()]
         if ndim == 1:
             flat = flat.unsqueeze(1)
         elif ndim == 3:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchconv._common import check_choice
 from torchconv.analysis.latency import paired_latency
+from torchconv.compare.measure import deployed, in_layout
 from torchconv.compare.nets import Candidate, Net, Shape
 from torchconv.surgery.merging import merge, stored_parameters
 
@@ -151,11 +152,11 @@ def solve(
     reference = (width, net.fine(width))
     start = net.width(candidate, shape)
     if match == "latency":
-        x = torch.randn(batch, shape.channels, *shape.size, device=device)
+        x = in_layout(torch.randn(batch, shape.channels, *shape.size, device=device))
 
         def ready(which: Candidate, width: int, fine: int) -> nn.Module:
             with torch.random.fork_rng():
-                return merge(net.build(which, shape, width, fine).to(device).eval(), x)
+                return deployed(net.build(which, shape, width, fine).eval(), shape, device)
 
         base = ready(baseline, *reference)
         if candidate == baseline:

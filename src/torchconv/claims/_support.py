@@ -1,0 +1,64 @@
+"""What several claims need: a short training loop and an interval over paired seeds. torch is imported when called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def train(
+    model: Any,
+    loss: Callable[[], Any],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.01,
+    one_cycle: bool = False,
+) -> Any:
+    """AdamW on ``loss()``, which draws its own batch, with a cosine to zero or the one-cycle rule; then eval mode."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedules = torch.optim.lr_scheduler
+    schedule: Any = (
+        schedules.OneCycleLR(optimizer, lr, total_steps=steps)
+        if one_cycle
+        else schedules.CosineAnnealingLR(optimizer, steps)
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def random_batches(x: Any, y: Any, size: int, seed: int) -> Callable[[], tuple[Any, Any]]:
+    """Batches drawn with replacement."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> tuple[Any, Any]:
+        rows = torch.randint(len(x), (size,), generator=generator)
+        return x[rows], y[rows]
+
+    return draw
+
+
+def test_accuracy(model: Any, x: Any, y: Any) -> float:
+    """Share of right answers."""
+    import torch
+
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).float().mean())
+
+
+def paired_interval(ours: Sequence[float], theirs: Sequence[float], scale: float = 1.0) -> tuple[float, float, float]:
+    """Mean of the differences over paired seeds times ``scale``, with Student's 95 % interval."""
+    from scipy import stats
+
+    differences = [scale * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    mean = sum(differences) / len(differences)
+    low, high = stats.t.interval(0.95, len(differences) - 1, loc=mean, scale=stats.sem(differences))
+    return mean, float(low), float(high)
