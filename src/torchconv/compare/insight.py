@@ -39,8 +39,10 @@ def _spatial_kernel(module: nn.Module, ndim: int) -> Tensor | None:
 
 
 def kernels_of(model: nn.Module, ndim: int) -> list[dict[str, Any]]:
-    """Up to sixteen kernels, evenly over the channels, of the first operator in the network, as nested lists; 1-D kernels are one row, of a 3-D
-    kernel the middle slice is shown. Empty where the operator has no kernel of its own (it makes them from the input).
+    """Up to sixteen kernels of the first operator in the network, evenly over its channels, as nested lists.
+
+    A 1-D kernel is one row, of a 3-D kernel the middle slice is shown. Empty where the operator has no kernel of its
+    own (it makes them from the input).
     """
     for name, module in _operators(model):
         with torch.no_grad():

@@ -140,12 +140,18 @@ def _read_plan(path: Path, config: CompareConfig, data: Dataset) -> Plan:
     return plan
 
 
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def _trials(config: CompareConfig, plan: Plan, data: Dataset, out: Path) -> list[Trial]:
     by_label = {c.label: c for c in config.candidates()}
+    # Workers may stand in another folder.
+    located = replace(config, data=_absolute(config.data), data_root=config.data_root and _absolute(config.data_root))
     # Seed by seed, so that a run cut short has something of every candidate.
     return [
         Trial(
-            config=config,
+            config=located,
             candidate=(candidate := by_label[entry["label"]]),
             width=entry["match"]["width"],
             fine=entry["match"]["fine"],
@@ -154,7 +160,7 @@ def _trials(config: CompareConfig, plan: Plan, data: Dataset, out: Path) -> list
             augment=plan.augment,
             threads=plan.threads,
             fingerprint=data.fingerprint,
-            folder=str(out / "trials" / f"{candidate.slug}-{seed}"),
+            folder=str(out.resolve() / "trials" / f"{candidate.slug}-{seed}"),
         )
         for seed in range(config.seed, config.seed + config.seeds)
         for entry in plan.candidates

@@ -58,7 +58,7 @@ class Trial:
             "width": self.width,
             "fine": self.fine,
             "seed": self.seed,
-            "data": self.config.data,
+            "data": Path(self.config.data).name,
             "fit": asdict(self.config.fit_config(self.seed, self.epochs, self.augment)),
         }
 
