@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -83,6 +82,7 @@ def compare(
     from torchconv.cli.live import LiveListener, print_results
     from torchconv.compare import DEFAULT_OPS, CompareConfig
     from torchconv.compare import compare as run
+    from torchconv.compare.schedule import stop
 
     if resume and out is None:
         raise ValueError("out=None: --resume needs the folder of the run, --out DIR")
@@ -126,8 +126,7 @@ def compare(
         typer.echo(
             f"\ninterrupted; carry on with: torchconv compare … --out {shlex.quote(str(out))} --resume", err=True
         )
-        # Worker processes and the training thread end with this process; every file on disk is whole.
-        os._exit(130)
+        stop(130)
     print_results(results, out)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,6 +20,8 @@ from torchconv.compare.trial import Trial, failure, read_metrics, run_trial, run
 
 Done = Callable[[Trial, dict[str, Any]], None]
 MAX_CRASHES = 2
+_stopping = threading.Event()
+_THREAD = "torchconv-training"
 
 
 def unfinished(trials: Iterable[Trial]) -> list[Trial]:
@@ -63,6 +68,8 @@ def _in_processes(trials: list[Trial], jobs: int, done: Done) -> None:
                     finished.add(name)
                     done(trial, metrics)
         except broken:
+            if _stopping.is_set():
+                return
             reusable(max_workers=max(2, at_once)).shutdown(wait=True, kill_workers=True)
             for trial in batch:
                 running = (Path(trial.folder) / "started").exists() and trial.folder not in finished
@@ -75,7 +82,35 @@ def _in_processes(trials: list[Trial], jobs: int, done: Done) -> None:
         waiting = [t for t in waiting if t.folder not in finished]
 
 
+def stop(exit_code: int) -> NoReturn:
+    """End this process and its workers, after Ctrl-C; what they have not written is run again on resume."""
+    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+    if loky is not None:
+        _stopping.set()
+        loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join(timeout=2 if loky else 0)
+            if thread.is_alive():  # training in this process; every file on disk is whole
+                os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+@cache
+def _leave_with_parent() -> None:
+    """End this worker within a second of its parent's end, however that came; every file on disk is whole anyway."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _named(trial: Trial) -> tuple[str, dict[str, Any]]:
+    _leave_with_parent()
     folder = Path(trial.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "started").touch()
@@ -138,7 +173,7 @@ def in_background(work: Callable[[], None]) -> Iterator[threading.Event]:
         finally:
             ended.set()
 
-    threading.Thread(target=target, daemon=True).start()
+    threading.Thread(target=target, name=_THREAD, daemon=True).start()
     yield ended
     if errors:
         raise errors[0]

@@ -7,7 +7,6 @@ A trial's folder holds ``config.json``, ``progress.json`` (while it runs), ``che
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 import traceback
@@ -63,10 +62,6 @@ class Trial:
         }
 
 
-class OrphanedError(RuntimeError):
-    """The process that asked for the trial is gone."""
-
-
 @lru_cache(maxsize=1)
 def _load(options: tuple[tuple[str, Any], ...]) -> Dataset:
     arguments = dict(options)
@@ -102,7 +97,7 @@ def read_metrics(folder: str | Path) -> dict[str, Any] | None:
 def _train_and_test(trial: Trial, folder: Path) -> dict[str, Any]:
     from torchconv.analysis.robustness import robustness
 
-    began, parent = time.perf_counter(), os.getppid()
+    began = time.perf_counter()
     data = load_data(trial.config)
     if data.fingerprint != trial.fingerprint:
         raise RuntimeError(
@@ -111,8 +106,6 @@ def _train_and_test(trial: Trial, folder: Path) -> dict[str, Any]:
     settings = trial.config.fit_config(trial.seed, trial.epochs, trial.augment)
 
     def report(record: EpochRecord) -> None:
-        if os.getppid() != parent:
-            raise OrphanedError("the comparison that started this trial is gone")
         write_json(folder / "progress.json", {**asdict(record), "epochs": trial.epochs})
 
     write_json(folder / "config.json", trial.describe())
@@ -152,7 +145,7 @@ def _train_and_test(trial: Trial, folder: Path) -> dict[str, Any]:
 def run_trial(trial: Trial) -> dict[str, Any]:
     """Run a trial, or carry on where it was interrupted; a finished one is returned at once.
 
-    An exception becomes a "failed" record; only the loss of the parent process is passed on.
+    An exception becomes a "failed" record.
     """
     folder = Path(trial.folder)
     done = read_metrics(folder)
@@ -162,8 +155,6 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     torch.set_num_threads(trial.threads)
     try:
         metrics = _train_and_test(trial, folder)
-    except OrphanedError:
-        raise
     except Exception as error:
         metrics = failure(trial, f"{type(error).__name__}: {error}".split("\n")[0])
         write_text(folder / "error.txt", traceback.format_exc())

@@ -11,9 +11,12 @@ from typing import Any
 _EXPORTS = {
     "adaptive_conv": "adaptive",
     "adaptive_conv2d": "adaptive",
+    "depthwise_conv1d": "depthwise",
+    "depthwise_conv2d": "depthwise",
+    "depthwise_conv3d": "depthwise",
 }
 
-__all__ = ["adaptive_conv", "adaptive_conv2d"]
+__all__ = ["adaptive_conv", "adaptive_conv2d", "depthwise_conv1d", "depthwise_conv2d", "depthwise_conv3d"]
 
 
 def __getattr__(name: str) -> Any:
