@@ -166,7 +166,7 @@ def _in_ordinary_operators() -> bool:
 
 
 @part(
-    "adaptive_conv",
+    "adaptive-conv",
     paper="lsnet",
     kind="kernel",
     dims=(1, 2, 3),

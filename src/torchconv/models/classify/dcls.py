@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_choice
+from torchconv.catalog import part
 from torchconv.ops.dcls import DCLSConv2d, share_positions
 
 
@@ -80,6 +81,9 @@ class Block(nn.Module):
         return x + y
 
 
+@part(
+    "convnext-dcls", paper="dcls", kind="model", dims=(2,), keywords="ConvNeXt learnable spacings backbone classifier"
+)
 class ConvNeXtDCLS(nn.Module):
     """ConvNeXt with DCLS depthwise convolutions, positions shared within a stage.
 

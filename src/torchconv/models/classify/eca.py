@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchconv._common import check
+from torchconv.catalog import part
 from torchconv.ops.eca import ECA
 
 
@@ -107,6 +108,9 @@ class ECABottleneck(nn.Module):
         return out
 
 
+@part(
+    "eca-resnet", paper="eca", kind="model", dims=(2,), keywords="ECA-Net ResNet backbone classifier channel attention"
+)
 class ECAResNet(nn.Module):
     """ResNet with efficient channel attention in every block.
 
@@ -246,6 +250,13 @@ class ECAInvertedResidual(nn.Module):
 _MOBILE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
+@part(
+    "eca-mobilenetv2",
+    paper="eca",
+    kind="model",
+    dims=(2,),
+    keywords="ECA-Net MobileNetV2 mobile backbone channel attention",
+)
 class ECAMobileNetV2(nn.Module):
     """MobileNetV2 with efficient channel attention; kernel size 1 in stages narrower than 96 channels, else 3.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
+from torchconv.catalog import part
 from torchconv.ops.inceptionnext import InceptionDWConv2d
 from torchconv.ops.plain import PlainConv2d
 
@@ -144,6 +145,13 @@ class MlpHead(nn.Module):
             self.fc2 = nn.Identity()
 
 
+@part(
+    "inceptionnext-net",
+    paper="inceptionnext",
+    kind="model",
+    dims=(2,),
+    keywords="MetaNeXt InceptionNeXt backbone classifier",
+)
 class MetaNeXt(nn.Module):
     """InceptionNeXt, and its layout with any other token mixer.
 

@@ -221,7 +221,7 @@ class Head(nn.Module):
 
 
 @part(
-    "lsnet_network",
+    "lsnet-net",
     paper="lsnet",
     kind="model",
     dims=(2,),

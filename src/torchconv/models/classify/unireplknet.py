@@ -39,7 +39,7 @@ DEFAULT_KERNELS: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {
 
 
 @part(
-    "unireplknet_net",
+    "unireplknet-net",
     paper="unireplknet",
     kind="model",
     dims=(2,),

@@ -86,7 +86,7 @@ class ToChannelsFirst(nn.Module):
 
 
 @part(
-    "unireplknet_block",
+    "unireplknet-block",
     paper="unireplknet",
     kind="layer",
     dims=(2,),
