@@ -79,7 +79,8 @@ def test_forms_only_the_estimate_combines(problem, tile, last):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "_FFT_WHOLE", tile)
         patch.setattr(forms, "_FFT_BLOCK", tile)
-        for chosen in (("fft", "fft", "fft"), ("fft", "flipped", "fft"), ("native", "fft", "correlate")):
+        patch.setattr(forms, "_MATRIX_BLOCK", tile)
+        for chosen in (("fft", "fft", "fft"), ("padded", "flipped", "correlate"), ("matmul", "fft", "matmul")):
             other = depthwise.Plan(plan.geo, *chosen)
             assert_close(results(lambda *a: depthwise._Depthwise.apply(*a, other), (x, w, b)), expected, 1e-9)  # noqa: B023
 
@@ -224,9 +225,7 @@ def test_functional_transforms():
         return depthwise_conv2d(x, w, padding=2, backend="fft")
 
     x, w = x.detach(), w.detach()
-    assert_close(
-        torch.func.grad(loss, (0, 1))(x, w, ours), torch.func.grad(loss, (0, 1))(x, w, plain), 1e-9
-    )
+    assert_close(torch.func.grad(loss, (0, 1))(x, w, ours), torch.func.grad(loss, (0, 1))(x, w, plain), 1e-9)
     batched = torch.func.vmap(ours, (0, None))(x.unsqueeze(1), w)
     assert_close([batched[:, 0]], [plain(x, w)], 1e-9)
 

@@ -188,6 +188,10 @@ def _cotangents(case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not fitting:
             raise ParityError(f"input.cotangent of shape {tuple(shape)} fits none of the outputs {list(outputs)}")
         found[fitting[0]] = case.inputs[COTANGENT]
+    for name, cotangent in found.items():
+        if cotangent.shape != outputs[name].shape:
+            shapes = f"{tuple(cotangent.shape)}, of the output {tuple(outputs[name].shape)}"
+            raise ParityError(f"cotangent of {name}: shape {shapes}")
     return found
 
 
