@@ -22,6 +22,7 @@ from torch import Tensor
 CONVOLVE: tuple[Any, ...] = (None, F.conv1d, F.conv2d, F.conv3d)
 _Ints = tuple[int, ...]
 _FFT_BLOCK = 1 << 19  # numbers per block of channels: two megabytes of float32, which stay in the second-level cache
+_MATRIX_BLOCK = 1 << 19  # entries of the matrices made at one time
 _FFT_WHOLE = 1 << 16  # longer maps are cut into overlapping tiles when the kernel is much shorter
 
 
@@ -72,13 +73,27 @@ def native_gradients(g: Tensor, x: Tensor, w: Tensor, geo: Geometry, mask: tuple
     return grads[:2]
 
 
+def refused(geo: Geometry, last: bool) -> bool:
+    """PyTorch leaves its fast kernels where the padding of the last axis is wide, unless channels-last and dense."""
+    return geo.padding[-1] > min(6, geo.out[-1]) and (not last or max(geo.dilation) > 1)
+
+
+def padded(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tensor:
+    """The same after writing the zeros around the map, which no fast kernel refuses."""
+    x = F.pad(x, [q for p in reversed(geo.padding) for q in (p, p)])
+    size = tuple(x.shape[2:])
+    return native(x, w, bias, geo._replace(size=size, padding=(0,) * geo.ndim))
+
+
 # --- convolutions of other arguments ---------------------------------------------------------------------------------
 
 
 def channels_last(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tensor:
     """F.convNd on a channels-last copy; the result is left channels-last (a line is a map of one row)."""
     if geo.ndim == 1:
-        flat = Geometry(*geo[:2], *((fill, *per_axis) for fill, per_axis in zip((1, 1, 1, 1, 0, 1), geo[2:], strict=True)))
+        flat = Geometry(
+            *geo[:2], *((fill, *per_axis) for fill, per_axis in zip((1, 1, 1, 1, 0, 1), geo[2:], strict=True))
+        )
         return channels_last(x.unsqueeze(2), w.unsqueeze(2), bias, flat).squeeze(2)
     return native(x.contiguous(memory_format=channels_last_format(geo.ndim)), w, bias, geo)
 
@@ -94,8 +109,13 @@ def flipped(g: Tensor, w: Tensor, geo: Geometry, last: bool) -> Tensor:
     if before != after or min(before) < 0:
         g = F.pad(g, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
         pads = (0,) * geo.ndim
-    there = Geometry(geo.batch, geo.channels, tuple(g.shape[2:]), geo.kernel, geo.size, (1,) * geo.ndim, pads, geo.dilation)
-    return (channels_last if last else native)(g, w.flip(axes), None, there)
+    there = Geometry(
+        geo.batch, geo.channels, tuple(g.shape[2:]), geo.kernel, geo.size, (1,) * geo.ndim, pads, geo.dilation
+    )
+    w = w.flip(axes)
+    if last:
+        return channels_last(g, w, None, there)
+    return (padded if refused(there, False) else native)(g, w, None, there)
 
 
 def correlated(g: Tensor, x: Tensor, geo: Geometry, last: bool) -> Tensor:
@@ -151,9 +171,7 @@ def fft_sizes(geo: Geometry) -> tuple[_Ints, _Ints]:
 
     A whole map needs only size + padding: what wraps around falls into the padding or into outputs nobody reads.
     """
-    least_sizes = (
-        max(n + p, e, n + 2 * p - e + 1) for n, p, e in zip(geo.size, geo.padding, geo.extent, strict=True)
-    )
+    least_sizes = (max(n + p, e, n + 2 * p - e + 1) for n, p, e in zip(geo.size, geo.padding, geo.extent, strict=True))
     whole = tuple(good_size(n) for n in least_sizes)
     if math.prod(whole) <= _FFT_WHOLE:
         return whole, (1,) * geo.ndim
@@ -289,7 +307,8 @@ def _diagonals(full: Tensor, kernel: int, stride: int, dilation: int) -> Tensor:
     *lead, _, inner, out, columns = full.shape
     *steps, by_room, by_inner, by_out, by_column = full.stride()
     return full.as_strided(
-        (*lead, kernel, inner, out, columns), (*steps, dilation * by_room, by_inner, stride * by_room + by_out, by_column)
+        (*lead, kernel, inner, out, columns),
+        (*steps, dilation * by_room, by_inner, stride * by_room + by_out, by_column),
     )
 
 
@@ -298,30 +317,44 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous().flatten(2).transpose(0, 1)
 
 
+def matmul_blocks(geo: Geometry) -> list[slice]:
+    """The blocks of channels whose matrices are made at one time."""
+    entries = (geo.size[0] + 2 * geo.padding[0]) * math.prod(geo.size[1:]) * math.prod(geo.out)
+    step = max(1, min(geo.channels, _MATRIX_BLOCK // entries))
+    return [slice(c, c + step) for c in range(0, geo.channels, step)]
+
+
 def matmul(x: Tensor, w: Tensor, geo: Geometry, transposed: bool = False) -> Tensor:
     """x (or, ``transposed``, the output's gradient) times the matrix (its transpose)."""
-    matrix = toeplitz(w, geo)
     size = geo.size if transposed else geo.out
     out = x.new_empty(x.shape[0], x.shape[1], math.prod(size))
-    torch.bmm(_rows(x), matrix.mT if transposed else matrix, out=out.transpose(0, 1))
+    rows = _rows(x)
+    for block in matmul_blocks(geo):
+        matrix = toeplitz(w[block], geo)
+        torch.bmm(rows[block], matrix.mT if transposed else matrix, out=out.transpose(0, 1)[block])
     return out.unflatten(2, size)
 
 
 def matmul_weight(g: Tensor, x: Tensor, geo: Geometry) -> Tensor:
     """The matrix's gradient xᵀ·g, summed along its diagonals one axis after another, first axis first."""
-    channels, ndim = geo.channels, geo.ndim
-    grad = torch.bmm(_rows(x).mT, _rows(g))
+    rows, columns = _rows(x), _rows(g)
+    sums = [_summed(torch.bmm(rows[block].mT, columns[block]), geo) for block in matmul_blocks(geo)]
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).unsqueeze(1)
+
+
+def _summed(grad: Tensor, geo: Geometry) -> Tensor:
+    """(C, inputs, outputs) → (C, \\*kernel)."""
+    channels = grad.shape[0]
     inner, columns = math.prod(geo.size), math.prod(geo.out)
-    for axis in range(ndim):
+    for axis in range(geo.ndim):
         kernel, out, stride, dilation = geo.kernel[axis], geo.out[axis], geo.stride[axis], geo.dilation[axis]
         low, length = geo.padding[axis], geo.size[axis]
         inner, columns = inner // length, columns // out
         room = max(length + 2 * low, (out - 1) * stride + (kernel - 1) * dilation + 1)
         grad = grad.reshape(channels, *geo.kernel[:axis], length, inner, out, columns)
-        pads = [0] * 6 + [low, room - low - length]
-        full = F.pad(grad, pads) if room > length else grad
+        full = F.pad(grad, [0] * 6 + [low, room - low - length]) if room > length else grad
         grad = _diagonals(full, kernel, stride, dilation).sum(-2)
-    return grad.reshape(channels, 1, *geo.kernel)
+    return grad.reshape(channels, *geo.kernel)
 
 
 # --- by definition ---------------------------------------------------------------------------------------------------

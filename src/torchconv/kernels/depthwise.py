@@ -26,7 +26,7 @@ from torchconv.kernels._depthwise_forms import Geometry
 Size = int | Sequence[int]
 BACKENDS = ("auto", "native", "channels_last", "fft", "matmul", "reference")
 _HALF = (torch.float16, torch.bfloat16)
-_KINDS = {torch.float32: "float32", torch.float64: "float64", torch.float16: "half", torch.bfloat16: "half"}
+_KINDS = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, *_HALF)}
 # The forms of the output, of the input's gradient and of the weight's gradient when the caller names one.
 _FORCED = {
     "channels_last": ("channels_last", "channels_last", "correlate_last"),
@@ -101,20 +101,24 @@ def _like(out: Tensor, x: Tensor) -> Tensor:
     return out.contiguous()
 
 
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Half precision as float32, for forms whose intermediate results need the digits."""
-    return tuple(t.float() if t.dtype in _HALF else t for t in tensors)
+def _wide(tensor: Tensor) -> Tensor:
+    """Half precision as float32: PyTorch has few fast kernels for it, and intermediate results need the digits."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    geo = plan.geo
     if plan.forward == "native":
-        return forms.native(x, w, bias, plan.geo)
-    if plan.forward == "channels_last":
-        return _like(forms.channels_last(x, w, bias, plan.geo), x)
-    form = forms.fft if plan.forward == "fft" else forms.matmul
-    out = form(*_wide(x, w), plan.geo)
-    if bias is not None:
-        out.add_(bias.reshape(-1, *(1,) * plan.geo.ndim))
+        return forms.native(x, w, bias, geo)
+    wide, kernel, shift = _wide(x), _wide(w), None if bias is None else _wide(bias)
+    if plan.forward == "padded":
+        out = forms.padded(wide, kernel, shift, geo)
+    elif plan.forward == "channels_last":
+        out = forms.channels_last(wide, kernel, shift, geo)
+    else:
+        out = (forms.fft if plan.forward == "fft" else forms.matmul)(wide, kernel, geo)
+        if shift is not None:
+            out.add_(shift.reshape(-1, *(1,) * geo.ndim))
     return _like(out.to(x.dtype), x)
 
 
@@ -123,24 +127,26 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     dx: Tensor | None = None
     dw: Tensor | None = None
-    geo = plan.geo
+    geo, x_type, w_type, like = plan.geo, x.dtype, w.dtype, x
     by_x, by_w = plan.grad_x if need_x else "", plan.grad_w if need_w else ""
     if "native" in (by_x, by_w):
         dx, dw = forms.native_gradients(g, x, w, geo, (by_x == "native", by_w == "native"))
+    if by_x in ("", "native") and by_w in ("", "native"):
+        return dx, dw
+    g, x, w = _wide(g), _wide(x), _wide(w)
     if "fft" in (by_x, by_w):
-        wide_g, wide_x, wide_w = _wide(g, x, w)
-        fx, fw = forms.fft_gradients(wide_g, wide_x, wide_w, geo, (by_x == "fft", by_w == "fft"))
+        fx, fw = forms.fft_gradients(g, x, w, geo, (by_x == "fft", by_w == "fft"))
         dx, dw = dx if fx is None else fx, dw if fw is None else fw
     if by_x in ("flipped", "channels_last"):
         dx = forms.flipped(g, w, geo, by_x == "channels_last")
     elif by_x == "matmul":
-        dx = forms.matmul(*_wide(g, w), geo, transposed=True)
+        dx = forms.matmul(g, w, geo, transposed=True)
     if by_w in ("correlate", "correlate_last"):
-        dw = forms.correlated(*_wide(g, x), geo, by_w == "correlate_last")
+        dw = forms.correlated(g, x, geo, by_w == "correlate_last")
     elif by_w == "matmul":
-        dw = forms.matmul_weight(*_wide(g, x), geo)
-    dx = None if dx is None else _like(dx.to(x.dtype), x)
-    return dx, None if dw is None else dw.to(w.dtype)
+        dw = forms.matmul_weight(g, x, geo)
+    dx = None if dx is None else _like(dx.to(x_type), like)
+    return dx, None if dw is None else dw.to(w_type)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -296,8 +302,8 @@ def depthwise_conv2d(
             "reference" (a sum over taps) force one form for all three. Half precision runs in float32 inside "fft"
             and "matmul".
 
-    Under ``torch.compile``, ``torch.export``, tracing and ``torch.func``, on integers and, with "auto", on other devices
-    than the CPU this is ``F.conv2d``. Gradients of gradients are PyTorch's.
+    Under ``torch.compile``, ``torch.export``, tracing and ``torch.func``, on integers and, with "auto", on
+    devices other than the CPU this is ``F.conv2d``. Gradients of gradients are PyTorch's.
 
     Shape:
         x (N, C, H, W) or (C, H, W), weight (C, 1, kH, kW), bias (C) → (N, C, H', W').
