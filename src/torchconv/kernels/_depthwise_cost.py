@@ -17,39 +17,41 @@ from torchconv.kernels._depthwise_forms import Geometry, fft_blocks, fft_sizes, 
 TABLE: dict[str, dict[str, dict[str, float]]] = {
     "float32": {
         "y:native": {
-            "call": 42800,
-            "dilated": 0.0166,
-            "long": 0.021,
-            "middle": 0.0187,
-            "moved": 0.291,
-            "moved_last": 0.0528,
-            "refused": 0.45,
-            "short": 0.0151,
-            "upper": 0.02,
-            "volume": 0.453,
+            "call": 43500,
+            "dilated": 0.0193,
+            "long": 0.0317,
+            "middle": 0.035,
+            "moved": 0.242,
+            "refused": 0.451,
+            "rows": 0.272,
+            "short": 0.0259,
+            "upper": 0.0277,
+            "upper_last": 0.0766,
+            "volume": 0.455,
         },
         "y:padded": {
             "call": 60400,
             "dilated": 0.034,
             "long": 0.032,
-            "middle": 0.0449,
-            "moved": 0.376,
-            "rows": 2.12,
+            "middle": 0.0456,
+            "moved": 0.378,
+            "rows": 2.09,
             "short": 0.0312,
-            "upper": 0.0425,
+            "upper": 0.0388,
+            "upper_last": 0.0766,
             "volume": 1,
         },
         "y:channels_last": {
-            "call": 36300,
-            "dilated": 0.0165,
-            "long": 0.0206,
-            "middle": 0.0193,
-            "moved": 0.702,
-            "moved_last": 0.082,
-            "refused": 0.307,
-            "short": 0.0133,
-            "upper": 0.0251,
-            "volume": 0.444,
+            "call": 36900,
+            "dilated": 0.0204,
+            "long": 0.0337,
+            "middle": 0.0395,
+            "moved": 0.613,
+            "moved_last": 0.011,
+            "refused": 0.31,
+            "short": 0.0272,
+            "upper_last": 0.0766,
+            "volume": 0.448,
         },
         "y:fft": {"block": 98600, "kernels": 3.11, "moved_last": 1.96, "passes": 0.33, "points": 1.56},
         "y:matmul": {
@@ -62,35 +64,37 @@ TABLE: dict[str, dict[str, dict[str, float]]] = {
         },
         "x:native": {
             "call": 62900,
-            "dilated": 0.378,
-            "long": 0.0377,
-            "middle": 0.0326,
-            "moved": 0.245,
-            "rows": 1.13,
-            "short": 0.0294,
-            "upper": 0.0344,
-            "volume": 0.322,
+            "dilated": 0.377,
+            "long": 0.0378,
+            "middle": 0.034,
+            "moved": 0.236,
+            "rows": 0.982,
+            "short": 0.0312,
+            "upper": 0.0391,
+            "upper_last": 0.032,
+            "volume": 0.383,
         },
         "x:flipped": {
-            "call": 72800,
-            "dilated": 0.0338,
-            "long": 0.0343,
-            "middle": 0.0226,
-            "moved": 0.322,
-            "moved_last": 0.0657,
-            "short": 0.0154,
-            "upper": 0.0202,
-            "volume": 0.507,
+            "call": 75500,
+            "dilated": 0.0352,
+            "long": 0.04,
+            "middle": 0.0421,
+            "moved": 0.253,
+            "rows": 0.0503,
+            "short": 0.0289,
+            "upper": 0.0311,
+            "upper_last": 0.0887,
+            "volume": 0.51,
         },
         "x:channels_last": {
-            "call": 61300,
-            "long": 0.0224,
-            "middle": 0.023,
-            "moved": 0.728,
-            "moved_last": 0.0951,
-            "refused": 0.0431,
-            "short": 0.0137,
-            "upper": 0.0236,
+            "call": 63100,
+            "long": 0.0351,
+            "middle": 0.0447,
+            "moved": 0.621,
+            "moved_last": 0.00658,
+            "refused": 0.047,
+            "short": 0.0304,
+            "upper_last": 0.0887,
         },
         "x:fft": {"block": 72400, "kernels": 3.08, "moved_last": 2.47, "passes": 0.282, "points": 1.89},
         "x:matmul": {
@@ -104,27 +108,27 @@ TABLE: dict[str, dict[str, dict[str, float]]] = {
         },
         "w:native": {"call": 58800, "moved": 0.31, "moved_last": 0.164, "volume": 0.334, "wide": 0.621},
         "w:correlate": {
-            "call": 91900,
+            "call": 92000,
             "dilated": 0.0406,
             "long": 0.034,
-            "maps": 10.1,
-            "middle": 0.0482,
-            "moved": 0.374,
+            "maps": 10,
+            "middle": 0.0497,
+            "moved": 0.372,
             "moved_last": 1.09,
             "short": 0.0685,
-            "upper": 0.0388,
+            "upper": 0.0341,
             "volume": 0.834,
         },
         "w:correlate_last": {
-            "call": 102000,
-            "dilated": 0.0701,
-            "long": 0.0445,
-            "middle": 0.103,
+            "call": 101000,
+            "dilated": 0.0703,
+            "long": 0.0447,
+            "middle": 0.118,
             "moved": 0.448,
-            "moved_last": 2,
+            "moved_last": 1.97,
             "short": 0.211,
-            "upper": 0.113,
-            "volume": 0.805,
+            "upper": 0.0801,
+            "volume": 0.806,
         },
         "w:fft": {"block": 107000, "kernels": 3.71, "moved_last": 2.21, "passes": 0.29, "points": 1.96},
         "w:matmul": {
@@ -137,14 +141,14 @@ TABLE: dict[str, dict[str, dict[str, float]]] = {
         },
     },
     "float64": {
-        "y:native": {"call": 232000, "direct": 0.554, "moved_last": 41.2, "rows": 54.3},
+        "y:native": {"call": 305000, "direct": 0.523, "moved_last": 40.3, "rows": 57.9},
         "y:padded": {"call": 260000, "direct": 0.484, "moved": 0.169, "moved_last": 46.4, "rows": 43.4},
-        "y:channels_last": {"call": 67000, "direct": 4.55, "moved": 3.41, "moved_last": 10.6},
+        "y:channels_last": {"direct": 5.73, "moved": 0.677, "moved_last": 6.87, "rows": 26.3},
         "y:fft": {"block": 53600, "kernels": 6.24, "moved_last": 3.08, "passes": 0.428, "points": 3.36},
         "y:matmul": {"call": 69500, "matrix": 0.74, "moved": 0.18, "moved_last": 1.31, "multiplied": 0.056},
         "x:native": {"call": 222000, "direct": 0.469, "moved": 0.88, "moved_last": 24.6, "rows": 48.8},
-        "x:flipped": {"call": 247000, "direct": 0.536, "moved_last": 13.5, "rows": 60.8},
-        "x:channels_last": {"direct": 4.59, "moved": 5.56, "moved_last": 7.4},
+        "x:flipped": {"call": 317000, "direct": 0.495, "moved_last": 37.4, "rows": 69.4},
+        "x:channels_last": {"direct": 5.66, "moved": 3.68, "moved_last": 6.09, "rows": 4.41},
         "x:fft": {"block": 58200, "kernels": 3.44, "moved_last": 4.52, "passes": 0.615, "points": 1.18},
         "x:matmul": {"call": 64600, "matrix": 0.714, "moved": 0.172, "moved_last": 1.18, "multiplied": 0.0502},
         "w:native": {"call": 258000, "direct": 0.696, "moved": 0.909, "moved_last": 40.4},
@@ -154,46 +158,31 @@ TABLE: dict[str, dict[str, dict[str, float]]] = {
         "w:matmul": {"call": 67500, "channel": 733, "matrix": 1.1, "moved_last": 0.558, "multiplied": 0.0639},
     },
     "float16": {
-        "y:native": {
-            "call": 115000,
-            "long": 3.01,
-            "moved": 0.973,
-            "moved_last": 26,
-            "refused": 0.742,
-            "rows": 38.2,
-            "short": 1.41,
-        },
-        "x:native": {
-            "call": 128000,
-            "long": 1.02,
-            "middle": 1.98,
-            "moved": 0.236,
-            "moved_last": 17.7,
-            "rows": 74.6,
-            "short": 1.52,
-            "volume": 5.48,
-        },
+        "y:native": {"call": 127000, "long": 5.96, "moved_last": 23.5, "refused": 0.751, "rows": 50.3, "short": 1.76},
+        "x:native": {"call": 102000, "long": 1.06, "middle": 2.09, "moved_last": 24.9, "rows": 52.3, "short": 1.8},
         "w:native": {"call": 300000, "moved": 1.45, "volume": 0.886, "wide": 0.148},
     },
     "bfloat16": {
         "y:native": {
-            "call": 37200,
-            "long": 0.0102,
-            "middle": 0.0976,
-            "moved": 0.253,
-            "refused": 0.467,
-            "short": 0.0299,
-            "upper": 0.0305,
-            "volume": 0.428,
+            "call": 40300,
+            "long": 0.0314,
+            "middle": 0.0178,
+            "moved": 0.285,
+            "refused": 0.46,
+            "short": 0.034,
+            "upper": 0.0684,
+            "upper_last": 0.0537,
+            "volume": 0.412,
         },
         "x:native": {
             "call": 54100,
-            "long": 0.0136,
-            "middle": 0.0232,
-            "moved": 0.308,
-            "short": 0.0256,
-            "upper": 0.0253,
-            "volume": 0.308,
+            "long": 0.0137,
+            "middle": 0.0251,
+            "moved": 0.299,
+            "short": 0.0274,
+            "upper": 0.0205,
+            "upper_last": 0.0258,
+            "volume": 0.368,
         },
         "w:native": {"call": 64100, "moved": 0.256, "volume": 0.801, "wide": 0.545},
     },
@@ -210,7 +199,7 @@ SHARING = {
     "matmul": 0.8,
 }
 
-_DIRECT = ("short", "middle", "upper", "long", "dilated", "refused", "volume", "tiny", "wide")
+_DIRECT = ("short", "middle", "upper", "upper_last", "long", "dilated", "refused", "volume", "tiny", "wide")
 _MATRIX = 1 << 22  # the most entries of one channel's banded matrix
 _MARGIN = 0.9  # another form than PyTorch's must promise to be this much cheaper
 _SHARED_SPECTRUM = 0.8  # both gradients by Fourier transform need the spectrum of the output's gradient once
@@ -219,11 +208,21 @@ _FUNCTION = 25e3  # nanoseconds a Python autograd function adds to a call
 
 
 def _reach(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> str:
-    """The class of a direct convolution: PyTorch's kernels change where the last axis has 8, 11 and 15 taps."""
+    """The class of a direct convolution: PyTorch's kernels change where the last axis has 8, 12 and 15 taps."""
     if max(dilation) > 1:
         return "dilated" if len(kernel) < 3 else "volume"
     taps = kernel[-1]
-    return "short" if taps < 8 else "middle" if taps < 11 else "upper" if taps < 15 else "long"
+    return "short" if taps < 8 else "middle" if taps < 12 else "upper" if taps < 15 else "long"
+
+
+def _inside(geo: Geometry) -> int:
+    """Products per channel without those of padding, which PyTorch's kernels skip."""
+    total = 1
+    for n, k, o, s, p, d in zip(*geo[2:], strict=True):
+        first = ((max(0, -(-(p - i * s) // d)), min(k, (n - 1 + p - i * s) // d + 1)) for i in range(min(o, 4096)))
+        taps = sum(max(0, high - low) for low, high in first)
+        total *= taps if o <= 4096 else taps * o // 4096
+    return total
 
 
 def features(form: str, geo: Geometry, last: bool) -> dict[str, float]:
@@ -242,19 +241,21 @@ def features(form: str, geo: Geometry, last: bool) -> dict[str, float]:
         entries = float(geo.channels * inputs * outputs)
         terms |= {"multiplied": entries * geo.batch, "matrix": entries * (1 + 2 * geo.padding[0] / geo.size[0])}
         return terms | {"channel": float(geo.channels), "block": float(len(matmul_blocks(geo)))}
-    products = float(maps * math.prod(geo.kernel) * (inputs if kind == "x" and name != "native" else outputs))
+    by_rows = last or name in ("channels_last", "correlate_last")
+    reach = _reach(geo.kernel, geo.dilation)
+    slow = {"y": name != "padded" and refused(geo, by_rows), "x": name == "channels_last" and max(geo.dilation) > 1}
+    skips = f"{kind}:{name}" in ("y:native", "y:channels_last", "x:flipped", "x:channels_last")
+    skips = skips and not refused(geo, by_rows) and max(geo.stride) == 1 and reach not in ("dilated", "volume")
+    stuffed = kind == "x" and name != "native"  # a strided gradient gets zeros between its numbers
+    products = float(maps * (_inside(geo) if skips else math.prod(geo.kernel) * (inputs if stuffed else outputs)))
     if kind == "w" and name == "native":
         return terms | {"volume" if geo.ndim == 3 else "tiny" if max(geo.kernel) <= 3 else "wide": products}
     if kind == "w":
         return terms | {"maps": float(maps), _reach(geo.out, geo.stride): products}
-    if kind == "x" and name == "native":
-        reach = "volume" if geo.ndim == 3 else _reach(geo.kernel, geo.dilation)
-        return terms | {"rows": float(maps * math.prod(geo.out[:-1])), reach: products}
     terms["rows"] = float(maps * math.prod(geo.out[:-1]))
-    slow = refused(geo, last or name == "channels_last") and name in ("native", "channels_last")
-    if kind == "x":
-        slow = name == "channels_last" and max(geo.dilation) > 1
-    return terms | {"refused" if slow else _reach(geo.kernel, geo.dilation): products}
+    if reach == "upper" and by_rows:
+        reach = "upper_last"
+    return terms | {"refused" if slow[kind] else reach: products}
 
 
 def _price(form: str, geo: Geometry, last: bool, kind: str, threads: int) -> float:
