@@ -226,13 +226,16 @@ def _depthwise(
         shapes = f"x of shape {tuple(x.shape)}, weight of shape {tuple(weight.shape)}"
         raise ValueError(f"{shapes}: expected (N, C, *size) and (C, 1, *kernel_size) with {ndim} spatial axes")
     device = x.device.type
+    if device != "cpu" and backend == "auto":
+        check_weight(x.shape[1], tuple(weight.shape))
+        return _convolve(ndim, x, weight, bias, stride, padding, dilation)
     if torch.is_autocast_enabled(device):
         narrow = torch.get_autocast_dtype(device)
         x, weight = (t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))
         bias = bias.to(weight.dtype) if bias is not None else None
         with torch.autocast(device, enabled=False):
             return _depthwise(ndim, x, weight, bias, stride, padding, dilation, backend)
-    if backend == "native" or _plain_wanted(x, weight) or (device != "cpu" and backend == "auto"):
+    if backend == "native" or _plain_wanted(x, weight):
         check_weight(x.shape[1], tuple(weight.shape))
         return _convolve(ndim, x, weight, bias, stride, padding, dilation)
     if isinstance(padding, str):

@@ -32,6 +32,7 @@ from torchconv.ops._common import (
     CONV,
     Padding,
     Size,
+    apply_conv,
     check_depthwise,
     check_input,
     check_odd,
@@ -86,7 +87,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        y: Tensor = self.bn(self.c(x))
+        y: Tensor = self.bn(apply_conv(self.c, x))
         return y
 
     def merge(self) -> nn.Module:

@@ -31,6 +31,7 @@ from torchconv.ops._common import (
     CONV,
     Padding,
     Size,
+    apply_conv,
     check_depthwise,
     check_input,
     check_same,
@@ -258,9 +259,9 @@ class DilatedReparamConv(nn.Module):
         if all(uses_fixed_statistics(bn) for _, bn in pairs):
             weight, bias = self.merged_weight()
             return conv_nd(x, weight, bias, padding=self.kernel_size[0] // 2, groups=self.groups)
-        y = pairs[0][1](pairs[0][0](x))
+        y = pairs[0][1](apply_conv(pairs[0][0], x))
         for conv, bn in pairs[1:]:
-            y = y + bn(conv(x))
+            y = y + bn(apply_conv(conv, x))
         return y
 
     def merge(self) -> nn.Module:
