@@ -24,12 +24,14 @@ def ledger(folder: Path = ROOT / "claims") -> str:
         lines += [f"\n## {r['key']}\n", f"**{r['title']}**\n", f"Claim: {r['says']} ({r['source']})\n"]
         lines += [f"Experiment: {r['experiment']}\n"]
         lines += [
-            f"Measured: {r['effect']:.4g} {r['unit']}, 95 % interval {r['low']:.4g} to {r['high']:.4g}; {r['meaning']}. "
+            f"Measured: {r['effect']:.4g} {r['unit']}, 95 % interval {r['low']:.4g} to {r['high']:.4g}; "
+            f"{r['meaning']}. "
             f"Verdict: {marks[r['verdict']]}.\n"
         ]
         lines += [f"- {note}" for note in r["notes"]]
         m = r["machine"]
-        lines.append(f"\nBudget {r['budget']}, {r['seconds']} s, {m.get('cpu')}, {m.get('threads')} threads, torch {m.get('torch')}.")
+        where = f"{m.get('cpu')}, {m.get('threads')} threads, torch {m.get('torch')}"
+        lines.append(f"\nBudget {r['budget']}, {r['seconds']} s, {where}.")
     return "\n".join(lines)
 
 

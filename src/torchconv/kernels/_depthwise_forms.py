@@ -217,7 +217,8 @@ def _tiled(x: Tensor, before: _Ints, lengths: _Ints, steps: _Ints, tiles: _Ints)
 
 def _untiled(y: Tensor, ndim: int, steps: _Ints, tiles: _Ints) -> Tensor:
     """The first ``step`` of every tile, joined: (N, C, \\*tiles, \\*lengths) → (N, C, \\*tiles·step)."""
-    y = y[(..., *(slice(s) for s in steps))]
+    first: tuple[Any, ...] = (..., *(slice(s) for s in steps))
+    y = y[first]
     if max(tiles) == 1:
         return y.reshape(*y.shape[:2], *steps)
     order = [axis for pair in zip(range(2, 2 + ndim), range(2 + ndim, 2 + 2 * ndim), strict=True) for axis in pair]
@@ -372,7 +373,8 @@ def reference(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tenso
                 for t, d, o, s in zip(tap, geo.dilation, geo.out, geo.stride, strict=True)
             ),
         )
-        weight: Any = w[(slice(None), 0, *tap)]
+        at: tuple[Any, ...] = (slice(None), 0, *tap)
+        weight = w[at]
         term = padded[index] * weight.reshape(-1, *(1,) * geo.ndim)
         total = term if total is None else total + term
     assert total is not None
