@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchconv.models._drop_path import DropPath
 from torchconv.models.classify import unireplknet as family
 from torchconv.models.classify.unireplknet import VARIANTS, UniRepLKNet, layer_group
-from torchconv.models.classify.unireplknet_block import DropPath, LayerNorm2d, UniRepLKNetBlock
+from torchconv.models.classify.unireplknet_block import LayerNorm2d, UniRepLKNetBlock
 
 SMALL: dict[str, Any] = {
     "depths": (1, 1, 2, 1),

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.models._drop_path import DropPath
 from torchconv.ops.atconv import ATConv2d
 
 T = TypeVar("T")
@@ -76,22 +77,6 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scale."""
         return x * self.gamma.reshape(-1, 1, 1)
-
-
-class DropPath(nn.Module):
-    """Drops a residual branch for whole items of the batch in training, scaled to keep its expectation."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        check(0 <= rate < 1, "drop_path_rate", rate, "must be at least 0 and below 1")
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero the dropped items."""
-        if not self.training or self.rate == 0:
-            return x
-        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
-        return x * (kept.to(x.dtype) / (1 - self.rate))
 
 
 class GLU(nn.Module):

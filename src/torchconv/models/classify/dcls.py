@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice
 from torchconv.catalog import part
+from torchconv.models._drop_path import drop_path
 from torchconv.ops.dcls import DCLSConv2d, share_positions
 
 
@@ -75,9 +76,7 @@ class Block(nn.Module):
         if self.gamma is not None:
             y = self.gamma * y
         y = y.permute(0, 3, 1, 2)
-        if self.training and self.drop_path > 0:
-            keep = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_path)
-            y = y * keep / (1 - self.drop_path)
+        y = drop_path(y, self.drop_path, self.training)
         return x + y
 
 

@@ -18,27 +18,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.models._drop_path import DropPath
 from torchconv.ops.unireplknet import BRANCHES, GRN, DilatedReparamConv2d, scale_shift
-
-
-class DropPath(nn.Module):
-    """Drop the residual branch of whole samples with probability ``rate`` in training, scaling the others up."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        check(0 <= rate < 1, "drop_path", rate, "must be at least 0 and below 1")
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop samples of ``x``."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
-        return x * (keep / (1 - self.rate))
-
-    def extra_repr(self) -> str:
-        """Arguments for ``repr``."""
-        return f"rate={self.rate}"
 
 
 class LayerNorm2d(nn.Module):
