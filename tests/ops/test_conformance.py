@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.ops.harness import copies, randomise
 from torchconv.catalog import Part, load, operators
 from torchconv.ops.roles import as_conv, as_mixer, channel_multiple
 
@@ -57,17 +56,6 @@ def refusing(argument: str) -> Iterator[None]:
     except ValueError as error:
         if not str(error).startswith(argument):
             raise
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """Away from the initial values, which hide mistakes (zero biases, unit scales)."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor.mul_((0.75 + 0.5 * noise).to(tensor.dtype))
-    return module
 
 
 @every
@@ -277,12 +265,7 @@ def test_copies(announced: Part, ndim: int) -> None:
     module = randomise(build(announced, ndim)).eval()
     x = sample(announced, ndim)
     expected = module(x)
-    loaded = build(announced, ndim).eval()
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    buffer.seek(0)
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+    for twin in copies(module, build(announced, ndim)):
         assert torch.equal(twin(x), expected)
 
 

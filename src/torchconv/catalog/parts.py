@@ -34,7 +34,8 @@ class Part:
     raises ``ValueError``. ``merges`` is "conv" when ``merge()`` returns one plain ``nn.ConvNd``, "self" when it
     returns a cheaper equivalent. ``since`` is the version that brought it. ``mixer`` and ``conv`` are constructor
     options for the two places where an operator is dropped in: as the spatial mixer of a block, and instead of a
-    k × k convolution.
+    k × k convolution. ``probe`` tells the tests how to build and call a layer: ``{"build": {constructor options},
+    "inputs": [[2, 8, 13, 11], …]}``, one shape for each argument of ``forward``, the batch first.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Part:
     merges: str = ""
     mixer: dict[str, Any] = field(default_factory=dict)
     conv: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
     keywords: str = ""
     since: str = "0.1.0"
     module: str = ""

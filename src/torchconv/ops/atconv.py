@@ -322,7 +322,14 @@ class ATConv3d(ATConv):
     ndim = 3
 
 
-@part("atconv-tokens", paper="atconv", kind="layer", dims=(2,), keywords="attentive convolution tokens transformer SiT")
+@part(
+    "atconv-tokens",
+    paper="atconv",
+    kind="layer",
+    dims=(2,),
+    probe={"build": {"channels": 6, "grid": [4, 3]}, "inputs": [[2, 12, 6]]},
+    keywords="attentive convolution tokens transformer SiT",
+)
 class ATConvTokens(nn.Module):
     """Attentive convolution on the tokens of an image, in place of self-attention in a (diffusion) transformer.
 

@@ -128,6 +128,7 @@ def _check_map(x: Tensor, channels: int) -> None:
     paper="eca",
     kind="layer",
     dims=(1, 2, 3),
+    probe={"build": {"channels": 8}, "inputs": [[2, 8, 5, 4]]},
     keywords="efficient channel attention squeeze excitation gate adaptive kernel",
 )
 class ECA(nn.Module):
@@ -209,6 +210,7 @@ class ECA(nn.Module):
     paper="eca",
     kind="layer",
     dims=(1, 2, 3),
+    probe={"build": {"channels": 8, "form": "block", "groups": 2}, "inputs": [[2, 8, 5, 4]]},
     keywords="channel attention ablation SE-Var squeeze excitation block diagonal full matrix",
 )
 class ChannelGate(nn.Module):

@@ -318,6 +318,7 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor | None = None, e
     paper="unireplknet",
     kind="layer",
     dims=(1, 2, 3),
+    probe={"build": {"dim": 6}, "inputs": [[2, 5, 4, 6]]},
     keywords="global response normalization normalisation ConvNeXt V2 channel competition",
 )
 class GRN(nn.Module):

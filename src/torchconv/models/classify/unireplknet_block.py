@@ -72,6 +72,7 @@ class ToChannelsFirst(nn.Module):
     kind="layer",
     dims=(2,),
     merges="self",
+    probe={"build": {"dim": 8, "kernel_size": 7, "layer_scale_init_value": 1.0}, "inputs": [[2, 8, 6, 5]]},
     keywords="large kernel block squeeze excitation GRN layer scale residual",
 )
 class UniRepLKNetBlock(nn.Module):
