@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torchconv.bench.tables import markdown
 from torchconv.catalog import papers, planned
 from torchconv.catalog.tables import feed, methods_table, parts_table
 
@@ -35,12 +36,21 @@ def ledger(folder: Path = ROOT / "claims") -> str:
     return "\n".join(lines)
 
 
+def performance(folder: Path = ROOT.parent / "benchmarks" / "results") -> str:
+    """The tables of ``torchconv bench ops``, one a machine and type."""
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("ops-*.json"))]
+    return (
+        "\n\n".join(f"## {r['device']}, {r['dtype']}\n\n{markdown(r)}" for r in results) or "No result is recorded yet."
+    )
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in what is generated."""
     replacements = {
         "<!-- methods table -->": lambda: methods_table(links=True),
         "<!-- operators table -->": lambda: parts_table("operator"),
         "<!-- ledger -->": ledger,
+        "<!-- performance -->": performance,
         "<!-- contributing -->": lambda: (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }
     for mark, make in replacements.items():

@@ -74,7 +74,8 @@ def test_search_ranks(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--time-budget", "soon"], "90s, 10m, 2h"),
         (["compare", "--data", "no/such/place", "--out", "never"], "no/such/place"),
         (["compare", "--seeds", "0"], "--seeds"),
-        (["bench", "--size", "big"], "56x56"),
+        (["bench", "mixers", "--size", "big"], "56x56"),
+        (["bench", "ops", "--ops", "dlcs"], "did you mean dcls"),
         (["claim", "nope"], "no claim of that name"),
         (["claim", "dcls", "--budget", "huge"], "budget"),
         (["frobnicate"], "No such command"),
@@ -131,7 +132,7 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
 def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     options = ["--ops", "conv,inceptionnext", "--channels", "8", "--size", "8x8", "--batch", "1", "--out", str(out)]
-    code, text, _ = run(capsys, "bench", *options, "--json")
+    code, text, _ = run(capsys, "bench", "mixers", *options, "--json")
     assert code == 0
     rows = json.loads(text)["rows"]
     assert [r["op"] for r in rows] == ["conv", "inceptionnext"]

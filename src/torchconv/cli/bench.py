@@ -1,4 +1,4 @@
-"""``torchconv bench``: how fast are the operators on this machine?"""
+"""``torchconv bench ops | mixers``: how fast is it on this machine?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+benchmarks = typer.Typer(
+    name="bench",
+    help="How fast is it on this machine?\n\n[bold]Examples[/bold]\n\n  torchconv bench ops\n\n"
+    "  torchconv bench mixers --size 28x28",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -21,7 +30,92 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def bench(
+def _threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@benchmarks.command("ops")
+def ops_command(
+    ops: Annotated[str | None, typer.Option(help="Operators and kernels; all by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ….")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    backward: Annotated[bool, typer.Option(help="Time training passes too.")] = True,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each form of each case and pass.")] = 0.3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the roofline plot here (.png, .svg, .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time every operator against the obvious PyTorch expression and published packages, paired in one run.
+
+    [bold]Examples[/bold]
+
+      torchconv bench ops
+
+      torchconv bench ops --ops dcls,lsnet --plot roofline.png
+
+      torchconv bench ops --device cuda --dtype bfloat16 --json
+    """
+    from torchconv._common import write_json
+    from torchconv.bench import bench_ops
+    from torchconv.bench.tables import pairs, roofline, where
+
+    _threads(threads)
+    console = Console()
+    with Console(stderr=True).status("measuring what the machine can do …") as status:
+        result = bench_ops(
+            tuple(s.strip() for s in ops.split(",") if s.strip()) if ops else (),
+            device=device,
+            dtype=dtype,
+            backward=backward,
+            min_seconds=seconds,
+            progress=lambda line: status.update(f"timing {line} …"),
+        )
+    if out is not None:
+        write_json(out, result)
+    if plot is not None:
+        roofline(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    table = Table(box=None)
+    for column in (
+        "operator",
+        "case",
+        "pass",
+        "against",
+        "ours ms",
+        "its ms",
+        "faster",
+        "MB",
+        "its MB",
+        "GFLOP/s",
+        "GB/s",
+    ):
+        table.add_column(column, justify="left" if column in ("operator", "case", "pass", "against") else "right")
+    for ours, other in pairs(result):
+        table.add_row(
+            ours["op"],
+            ours["case"],
+            ours["pass"],
+            other["form"] if other["agrees"] else f"{other['form']} (other numbers)",
+            *(f"{r['ms']:.2f}" for r in (ours, other)),
+            f"{other['speedup']:.2f}×",
+            *(f"{r['memory_bytes'] / 1e6:.1f}" for r in (ours, other)),
+            f"{ours['gflops']:.1f}",
+            f"{ours['gbs']:.1f}",
+        )
+    console.print(table)
+    for skipped in result["skipped"]:
+        console.print(f"left out: {skipped['op']} {skipped['case']}: {skipped['why']}", highlight=False)
+    console.print(where(result), highlight=False)
+
+
+@benchmarks.command("mixers")
+def mixers_command(
     ops: Annotated[str | None, typer.Option(help="Operators, the baseline first; all by default.")] = None,
     channels: Annotated[int, typer.Option(min=1, help="Channels.")] = 64,
     size: Annotated[str, typer.Option(help="Sides of the map: 1024, 56x56, 16x32x32.")] = "56x56",
@@ -38,19 +132,16 @@ def bench(
 
     [bold]Examples[/bold]
 
-      torchconv bench
+      torchconv bench mixers
 
-      torchconv bench --ops depthwise,dcls,lsnet --channels 96 --size 28x28
+      torchconv bench mixers --ops depthwise,dcls,lsnet --channels 96 --size 28x28
 
-      torchconv bench --size 4096 --channels 32 --json
+      torchconv bench mixers --size 4096 --channels 32 --json
     """
-    import torch
-
     from torchconv._common import write_json
-    from torchconv.compare.bench import bench as run
+    from torchconv.bench.mixers import bench as run
 
-    if threads:
-        torch.set_num_threads(threads)
+    _threads(threads)
     sizes = _sizes(size)
     chosen = tuple(s.strip() for s in ops.split(",") if s.strip()) if ops else ()
     console = Console()
@@ -87,5 +178,5 @@ def bench(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("bench")(bench)
+    """Add the commands."""
+    app.add_typer(benchmarks)

@@ -1,0 +1,7 @@
+"""Benchmarks: operators against the obvious PyTorch expression and against published packages, paired in one run."""
+
+from torchconv.bench.cases import Case, cases
+from torchconv.bench.mixers import bench as bench_mixers
+from torchconv.bench.ops import bench_ops
+
+__all__ = ["Case", "bench_mixers", "bench_ops", "cases"]
