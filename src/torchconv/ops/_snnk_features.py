@@ -1,0 +1,345 @@
+"""Random feature maps whose dot products are the kernels of scalable neural network kernels (arXiv 2310.13225).
+
+Two families, both for Gaussian rows g₁ … g_m:
+
+- ReLU features Φ(x)_i = m^{-1/2} max(g_iᵀx, 0)^n: E[Φ(x)·Φ(w)] = ‖x‖ⁿ‖w‖ⁿ J_n(θ) / 2π, half the arc-cosine kernel
+  of order n (Cho & Saul 2009).
+- Universal random features: with Λ_g(u) = (1+4A)^{d/4} exp(−A‖g‖² + √(1+4A) gᵀu − ‖u‖²/2), E[Λ_g(u)Λ_g(v)] = exp(uᵀv).
+  A function f(z) = ∫ τ(ξ) e^{2πiξz} dξ then is f(wᵀx + b) = E[Φ(x)·Ψ(w, b)] with Φ(x)_i = m^{-1/2} Λ_{g_i}(x) and
+  Ψ(w, b)_i = m^{-1/2} τ(ξ_i)/p(ξ_i) e^{2πiξ_i b} Λ_{g_i}(2πiξ_i w), ξ_i drawn from p. The frequency stands on the
+  side of the parameters, so that the features of the input are real and positive and those of the parameters real
+  after pairing ξ with −ξ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchconv._common import check, check_choice, check_positive
+
+FUNCTIONS = ("cos", "sin", "exp", "gaussian")
+
+
+def gaussian_rows(rows: int, columns: int, orthogonal: bool = False, device: Any = None, dtype: Any = None) -> Tensor:
+    """Standard normal rows (rows, columns), independent or orthogonal within blocks of ``columns`` rows.
+
+    Orthogonal rows are directions from the QR factor of a Gaussian matrix, with the norms of fresh Gaussian rows: each
+    row alone is distributed as before, and estimates vary less.
+    """
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    if not orthogonal:
+        return torch.randn(rows, columns, **options)
+    # torch has no QR in half precision.
+    wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+    blocks = [
+        torch.linalg.qr(torch.randn(columns, columns, device=device, dtype=wide))[0].T
+        for _ in range(-(-rows // columns))
+    ]
+    norms = torch.randn(rows, columns, device=device, dtype=wide).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:rows] * norms).to(**options)
+
+
+def relu_features(
+    x: Tensor,
+    projection: Tensor,
+    offset: Tensor | None = None,
+    order: int = 1,
+    floor: float = 0.0,
+    normalize: float | None = None,
+) -> Tensor:
+    """ReLU features m^{-1/2} max(Gx + offset, floor)^order.
+
+    Args:
+        x: vectors on the last axis.
+        projection: G (m, d).
+        offset: added before the maximum, broadcast to (\\*, m).
+        order: 0 is the step function (Gx > 0), 1 the ReLU, 2 its square.
+        floor: least value before the power; other than 0 with order 1 only.
+        normalize: scale every vector to this length first.
+
+    Shape:
+        (\\*, d) → (\\*, m).
+
+    Example:
+        >>> relu_features(torch.tensor([3.0, -4.0]), torch.eye(4)[:, :2])
+        tensor([1.5000, 0.0000, 0.0000, 0.0000])
+
+    Reference: arXiv 2310.13225, section 3.
+    """
+    if normalize is not None:
+        x = normalize * F.normalize(x, dim=-1)
+    z = F.linear(x, projection, offset if offset is not None and offset.dim() == 1 else None)
+    if offset is not None and offset.dim() > 1:
+        z = z + offset
+    return rectify(z, order, floor) / math.sqrt(projection.shape[0])
+
+
+def rectify(z: Tensor, order: int = 1, floor: float = 0.0) -> Tensor:
+    """max(z, floor)^order; the step function for order 0."""
+    if order == 0:
+        return (z > 0).to(z.dtype)
+    z = z.clamp(min=floor)
+    return z if order == 1 else z**order
+
+
+def check_rectifier(order: int, floor: float) -> None:
+    """Refuse what :func:`rectify` has no kernel for."""
+    check_choice("order", order, (0, 1, 2))
+    check(floor == 0 or order == 1, "floor", floor, f"must be 0 for order {order}; only order 1 takes a floor")
+
+
+def exp_features(
+    x: Tensor,
+    projection: Tensor,
+    scale: float | Tensor = 1.0,
+    amplitude: float | Tensor = 1.0,
+    variance: float = 0.0,
+) -> Tensor:
+    """Exponential features m^{-1/2} a_i Λ_{g_i}(s_i x), Λ_g(u) = (1+4A)^{d/4} exp(−A‖g‖² + √(1+4A)·gᵀu − ‖u‖²/2).
+
+    With a = 1 on both sides the dot product of the features of u and v estimates exp(uᵀv). Values grow as
+    exp(‖x‖·‖g‖): keep ‖x‖ below about 8.
+
+    Args:
+        x: vectors on the last axis.
+        projection: G (m, d).
+        scale, amplitude: s and a, a number or (m,), real or complex.
+        variance: A > −1/4 (M in the authors' code); it trades variance between small and large norms.
+
+    Shape:
+        (\\*, d) → (\\*, m).
+
+    Raises:
+        ValueError: ``variance`` is too small.
+
+    Reference: arXiv 2310.13225, section 3.1.
+    """
+    check(variance > -0.25, "variance", variance, "must be above -0.25, where the features have a mean")
+    rows, columns = projection.shape
+    squares = x.square().sum(-1, keepdim=True)
+    power = math.sqrt(1 + 4 * variance) * scale * F.linear(x, projection) - scale * scale * squares / 2
+    if variance:
+        power = power - variance * projection.square().sum(1)
+    return (1 + 4 * variance) ** (columns / 4) / math.sqrt(rows) * amplitude * torch.exp(power)
+
+
+def wave_features(
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor,
+    frequency: float | Tensor = 1.0,
+    amplitude: float | Tensor = 1.0,
+    phase: float | Tensor = 0.0,
+    variance: float = 0.0,
+) -> Tensor:
+    """The real part of m^{-1/2} a_i e^{i(φ_i + t_i b)} Λ_{g_i}(i t_i w): the parameters' side of universal features.
+
+    = m^{-1/2} (1+4A)^{d/4} a_i exp(t_i²‖w‖²/2 − A‖g_i‖²) cos(√(1+4A) t_i g_iᵀw + t_i b + φ_i), t = 2πξ.
+
+    Args:
+        weight: (l, d).
+        bias: (l,) or None.
+        projection: G (m, d).
+        frequency, amplitude, phase: t, and modulus and argument of τ(ξ)/p(ξ); a number or (m,).
+        variance: A > −1/4.
+
+    Shape:
+        (l, d) → (l, m).
+    """
+    check(variance > -0.25, "variance", variance, "must be above -0.25, where the features have a mean")
+    rows, columns = projection.shape
+    angle = math.sqrt(1 + 4 * variance) * frequency * F.linear(weight, projection) + phase
+    if bias is not None:
+        angle = angle + frequency * bias[:, None]
+    power = frequency * frequency * weight.square().sum(1, keepdim=True) / 2
+    if variance:
+        power = power - variance * projection.square().sum(1)
+    scale = (1 + 4 * variance) ** (columns / 4) / math.sqrt(rows)
+    return scale * amplitude * torch.exp(power) * torch.cos(angle)
+
+
+def arccos_kernel(x: Tensor, w: Tensor, order: int = 1) -> Tensor:
+    """What ReLU features estimate: ‖x‖ⁿ‖w‖ⁿ J_n(θ) / 2π, half the arc-cosine kernel.
+
+    J₀ = π − θ, J₁ = sin θ + (π − θ) cos θ, J₂ = 3 sin θ cos θ + (π − θ)(1 + 2 cos² θ), θ the angle between x and w.
+
+    Args:
+        x, w: vectors on the last axis.
+        order: n = 0, 1 or 2.
+
+    Shape:
+        (\\*, d), (l, d) → (\\*, l).
+
+    Example:
+        >>> x = torch.tensor([[3.0, 4.0]])
+        >>> arccos_kernel(x, x)
+        tensor([[12.5000]])
+
+    Reference: Cho & Saul 2009, "Kernel Methods for Deep Learning".
+    """
+    check_choice("order", order, (0, 1, 2))
+    lengths = x.norm(dim=-1, keepdim=True) * w.norm(dim=-1)
+    cosine = (F.linear(x, w) / lengths.clamp(min=torch.finfo(x.dtype).tiny)).clamp(-1, 1)
+    sine, rest = (1 - cosine.square()).sqrt(), math.pi - torch.arccos(cosine)
+    if order == 0:
+        return rest / (2 * math.pi)
+    if order == 1:
+        return lengths * (sine + rest * cosine) / (2 * math.pi)
+    return lengths.square() * (3 * sine * cosine + rest * (1 + 2 * cosine.square())) / (2 * math.pi)
+
+
+class ReLUFeatures(nn.Module):
+    """ReLU features of a vector with fixed Gaussian rows; the same map serves inputs and parameters.
+
+    Args:
+        in_features, num_features: d and m.
+        bias: append a constant 1 to the input and the bias to the parameters.
+        order, floor, normalize: see :func:`relu_features`.
+        orthogonal: rows orthogonal in blocks.
+
+    Shape:
+        (\\*, d) → (\\*, m).
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Example:
+        >>> ReLUFeatures(3, 8)(torch.zeros(2, 3)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_features: int,
+        bias: bool = False,
+        *,
+        order: int = 1,
+        floor: float = 0.0,
+        normalize: float | None = None,
+        orthogonal: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_positive("in_features", in_features)
+        check_positive("num_features", num_features)
+        check_rectifier(order, floor)
+        self.in_features, self.num_features = in_features, num_features
+        self.order, self.floor, self.normalize, self.orthogonal = order, floor, normalize, orthogonal
+        rows = gaussian_rows(num_features, in_features + bias, orthogonal, device, dtype)
+        self.projection_matrix: Tensor
+        self.projection_offset: Tensor | None
+        self.register_buffer("projection_matrix", rows[:, :in_features].contiguous())
+        self.register_buffer("projection_offset", rows[:, in_features].contiguous() if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features Φ of ``x``."""
+        offset = self.projection_offset
+        return relu_features(x, self.projection_matrix, offset, self.order, self.floor, self.normalize)
+
+    def weight_features(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The features Ψ (l, m) of a layer's weight (l, d) and bias (l,)."""
+        offset = None
+        if self.projection_offset is not None:
+            column = weight.new_zeros(len(weight)) if bias is None else bias
+            offset = column[:, None] * self.projection_offset
+        return relu_features(weight, self.projection_matrix, offset, self.order, self.floor, self.normalize)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        return (
+            f"{self.in_features}, {self.num_features}, bias={self.projection_offset is not None}, order={self.order}, "
+            f"floor={self.floor}, normalize={self.normalize}"
+        )
+
+
+class URFeatures(nn.Module):
+    """Universal random features: Φ(x)·Ψ(w, b) estimates f(wᵀx + b) without bias.
+
+    Args:
+        in_features, num_features: d and m.
+        f: "cos", "sin", "exp", or "gaussian", exp(−z²/2). Another function is given by ``frequency`` and
+            ``coefficient``.
+        frequency: t_i = 2πξ_i (m,), drawn from a density p.
+        coefficient: τ(ξ_i)/p(ξ_i) (m,), complex or real, for a real function with Fourier transform τ.
+        variance: A, see :func:`exp_features`.
+        orthogonal: rows orthogonal in blocks.
+
+    Shape:
+        (\\*, d) → (\\*, m).
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Example:
+        >>> URFeatures(3, 8, "sin").weight_features(torch.zeros(5, 3)).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_features: int,
+        f: str = "cos",
+        *,
+        frequency: Tensor | None = None,
+        coefficient: Tensor | None = None,
+        variance: float = 0.0,
+        orthogonal: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_positive("in_features", in_features)
+        check_positive("num_features", num_features)
+        check_choice("f", f, FUNCTIONS)
+        check(variance > -0.25, "variance", variance, "must be above -0.25, where the features have a mean")
+        given = (frequency is None, coefficient is None)
+        check(given[0] == given[1], "frequency", frequency, "give frequency and coefficient together")
+        self.in_features, self.num_features, self.f, self.variance = in_features, num_features, f, variance
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        rows = gaussian_rows(num_features, in_features, orthogonal, **options)
+        phase = torch.full((num_features,), -math.pi / 2 if f == "sin" else 0.0, **options)
+        amplitude = torch.ones(num_features, **options)
+        if frequency is None or coefficient is None:
+            gaussian = f == "gaussian"
+            frequency = torch.randn(num_features, **options) if gaussian else torch.ones(num_features, **options)
+        else:
+            for name, tensor in (("frequency", frequency), ("coefficient", coefficient)):
+                check(tensor.shape == (num_features,), name, tuple(tensor.shape), f"expected ({num_features},)")
+            self.f = "given"
+            amplitude, phase = coefficient.abs().to(rows), coefficient.angle().to(rows)
+        for name, tensor in (
+            ("projection_matrix", rows),
+            ("frequency", frequency.to(rows)),
+            ("amplitude", amplitude),
+            ("phase", phase),
+        ):
+            self.register_buffer(name, tensor)
+
+    projection_matrix: Tensor
+    frequency: Tensor
+    amplitude: Tensor
+    phase: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features Φ of ``x``, real and positive."""
+        return exp_features(x, self.projection_matrix, variance=self.variance)
+
+    def weight_features(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The features Ψ (l, m) of a layer's weight (l, d) and bias (l,)."""
+        if self.f == "exp":
+            scale: Any = 1.0 if bias is None else torch.exp(bias)[:, None]
+            return exp_features(weight, self.projection_matrix, 1.0, scale, self.variance)
+        waves = (self.frequency, self.amplitude, self.phase)
+        return wave_features(weight, bias, self.projection_matrix, *waves, self.variance)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        return f"{self.in_features}, {self.num_features}, f={self.f!r}, variance={self.variance}"
