@@ -9,41 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchconv._common import check, check_positive
+from torchconv._common import Padding, Size, check, check_positive, ntuple, resolve_padding
 from torchconv.kernels import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
 
-Size = int | Sequence[int]
-Padding = int | Sequence[int] | str
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 CONV: tuple[Any, ...] = (nn.Module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORM: tuple[Any, ...] = (nn.Module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLVE = (None, F.conv1d, F.conv2d, F.conv3d)
 _DEPTHWISE: tuple[Any, ...] = (None, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d)
-
-
-def ntuple(argument: str, value: Size, ndim: int, *, least: int = 1) -> tuple[int, ...]:
-    """``value`` as one integer per spatial axis; anything else raises ``ValueError`` naming ``argument``."""
-    items = (value,) * ndim if isinstance(value, int) else tuple(value)
-    ok = len(items) == ndim and all(isinstance(i, int) and not isinstance(i, bool) and i >= least for i in items)
-    check(ok, argument, value, f"must be an integer >= {least} or {ndim} of them, one per spatial axis")
-    return items
-
-
-def resolve_padding(
-    padding: Padding, kernel_size: Sequence[int], dilation: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """Padding as (before, after) per axis.
-
-    "same" gives an output of ceil(length / stride) at any stride, with PyTorch's rule for even extents (the extra
-    element goes after); "valid" is none.
-    """
-    ndim = len(kernel_size)
-    if isinstance(padding, str):
-        check(padding in ("same", "valid"), "padding", padding, "must be 'same', 'valid' or integers")
-        totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel_size, dilation, strict=True)]
-        return tuple((t // 2, t - t // 2) for t in totals)
-    return tuple((p, p) for p in ntuple("padding", padding, ndim, least=0))
 
 
 def check_padding(padding: Padding, ndim: int) -> None:
