@@ -23,6 +23,7 @@ CONVOLVE: tuple[Any, ...] = (None, F.conv1d, F.conv2d, F.conv3d)
 _Ints = tuple[int, ...]
 _FFT_BLOCK = 1 << 19  # numbers per block of channels: two megabytes of float32, which stay in the second-level cache
 _MATRIX_BLOCK = 1 << 19  # entries of the matrices made at one time
+_SCRATCH = 1 << 18  # numbers of a scratch that holds padded planes: one megabyte of float32
 _FFT_WHOLE = 1 << 16  # longer maps are cut into overlapping tiles when the kernel is much shorter
 
 
@@ -119,27 +120,46 @@ def flipped(g: Tensor, w: Tensor, geo: Geometry, last: bool) -> Tensor:
 
 
 def correlated(g: Tensor, x: Tensor, geo: Geometry, last: bool) -> Tensor:
-    """The gradient of w as one convolution of N·C channels: the padded input with the output gradient as its kernel."""
-    planes = geo.batch * geo.channels
-    sizes = [(o - 1) * s + e for o, s, e in zip(geo.out, geo.stride, geo.extent, strict=True)]
-    there = Geometry(1, planes, tuple(sizes), geo.out, geo.kernel, geo.dilation, (0,) * geo.ndim, geo.stride)
+    """The gradient of w as a convolution of N·C channels: the padded input with the output gradient as its kernel."""
+    sizes = tuple((o - 1) * s + e for o, s, e in zip(geo.out, geo.stride, geo.extent, strict=True))
+    inside: Any = (..., *(slice(p, p + n) for p, n in zip(geo.padding, geo.size, strict=True)))
+    seen: Any = (..., *(slice(max(0, z - p)) for z, p in zip(sizes, geo.padding, strict=True)))
+    there = Geometry(1, 0, sizes, geo.out, geo.kernel, geo.dilation, (0,) * geo.ndim, geo.stride)
     if last and geo.ndim > 1:
         # Written channels-last at once: images and channels together are the fastest axis.
-        order = (*range(2, 2 + geo.ndim), 0, 1)
-        back = (geo.ndim, *range(geo.ndim))
+        order, back = (*range(2, 2 + geo.ndim), 0, 1), (geo.ndim, *range(geo.ndim))
         padded = x.new_zeros(*sizes, geo.batch, geo.channels)
-        inside: Any = tuple(slice(p, p + n) for p, n in zip(geo.padding, geo.size, strict=True))
-        source = x.permute(order)
-        target = padded[inside]
-        target.copy_(source[tuple(slice(n) for n in target.shape[: geo.ndim])])
+        padded.permute(-2, -1, *range(geo.ndim))[inside].copy_(x[seen])
         padded = padded.flatten(-2).permute(back).unsqueeze(0)
         kernel = g.permute(order).contiguous().flatten(-2).permute(back).unsqueeze(1)
-    else:
-        pads = [q for p, n, z in zip(geo.padding, geo.size, sizes, strict=True) for q in (z - n - p, p)][::-1]
-        padded = F.pad(x.contiguous(), pads).reshape(1, planes, *sizes)
-        kernel = g.reshape(planes, 1, *geo.out)
-    dw = native(padded, kernel, None, there)
-    return dw.reshape(geo.batch, geo.channels, 1, *geo.kernel).sum(0)
+        dw = native(padded, kernel, None, there._replace(channels=geo.batch * geo.channels))
+        return dw.reshape(geo.batch, geo.channels, 1, *geo.kernel).sum(0)
+    dw = x.new_zeros(geo.channels, 1, *geo.kernel)
+    images, channels = _plane_blocks(geo, math.prod(sizes))
+    scratch = x.new_zeros(images, channels, *sizes)
+    for n in range(0, geo.batch, images):
+        for c in range(0, geo.channels, channels):
+            part = x[n : n + images, c : c + channels]
+            planes = part.shape[0] * part.shape[1]
+            padded = scratch[: part.shape[0], : part.shape[1]]
+            padded[inside].copy_(part[seen])
+            kernel = g[n : n + images, c : c + channels].reshape(planes, 1, *geo.out)
+            some = native(padded.reshape(1, planes, *sizes), kernel, None, there._replace(channels=planes))
+            dw[c : c + channels].add_(some.reshape(*part.shape[:2], 1, *geo.kernel).sum(0))
+    return dw
+
+
+def _plane_blocks(geo: Geometry, numbers: int) -> tuple[int, int]:
+    """Images and channels whose padded planes of ``numbers`` numbers are made at one time.
+
+    One scratch of moderate size is written again and again: it stays in the cache, and the operating system hands its
+    pages out once, which for a copy of the whole map takes longer than the convolution.
+    """
+    planes = max(1, _SCRATCH // numbers)
+    if planes >= geo.channels:
+        return min(geo.batch, planes // geo.channels), geo.channels
+    blocks = -(-geo.channels // planes)
+    return 1, -(-geo.channels // blocks)
 
 
 def _stuffed(g: Tensor, geo: Geometry) -> Tensor:
