@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchconv.models.classify.dcls import VARIANTS, Block, ConvNeXtDCLS, convnext_dcls
+from torchconv.models import create_model
+from torchconv.models.classify.dcls import Block, ConvNeXtDCLS
 
 PUBLISHED = {
     "convnext_dcls_tiny": (28_587_688, 97_920),
@@ -17,7 +18,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_published_parameter_counts(variant: str) -> None:
     with torch.device("meta"):
-        model = convnext_dcls(variant)
+        model = create_model(variant)
     total, positions = PUBLISHED[variant]
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for n, p in model.named_parameters() if n.endswith(".P")) == positions
@@ -66,6 +67,5 @@ def test_errors() -> None:
         ConvNeXtDCLS(dcls_kernel_size=16)
     with pytest.raises(ValueError, match="depths"):
         ConvNeXtDCLS(depths=(1, 1))
-    with pytest.raises(ValueError, match="variant"):
-        convnext_dcls("convnext_dcls_huge")
-    assert "convnext_dcls_mini" in VARIANTS
+    with pytest.raises(ValueError, match="did you mean convnext_dcls"):
+        create_model("convnext_dcls_huge")

@@ -214,7 +214,7 @@ def test_equals_timm(output_stride: int) -> None:
     x = torch.randn(2, 3, 64, 96)
     assert torch.allclose(net(x), twin(x), atol=1e-5)
     assert [i["reduction"] for i in net.feature_info] == [i["reduction"] for i in twin.feature_info]
-    assert [m.shape for m in net.forward_intermediates(x)] == [m.shape for m in twin.forward_intermediates(x)[1]]
+    assert [m.shape for m in net.forward_intermediates(x)[1]] == [m.shape for m in twin.forward_intermediates(x)[1]]
 
 
 @pytest.mark.parametrize("output_stride", [32, 8])

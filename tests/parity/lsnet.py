@@ -57,7 +57,6 @@ def _network(case: Case) -> Adapted:
         "num_heads": "num_heads",
         "key_dim": "key_dim",
         "num_classes": "num_classes",
-        "in_chans": "in_channels",
         "img_size": "img_size",
         "patch_size": "patch_size",
         "distillation": "distillation",

@@ -6,13 +6,16 @@ Nothing here imports torch: parts are read from the source text, so that ``torch
 from torchconv.catalog.papers import Paper, paper, papers, planned
 from torchconv.catalog.parts import Part, describe, load, operator, operators, part, parts
 from torchconv.catalog.search import Hit, search
+from torchconv.catalog.variants import Variant, matching, variant, variants
 
 __all__ = [
     "Hit",
     "Paper",
     "Part",
+    "Variant",
     "describe",
     "load",
+    "matching",
     "operator",
     "operators",
     "paper",
@@ -21,4 +24,6 @@ __all__ = [
     "parts",
     "planned",
     "search",
+    "variant",
+    "variants",
 ]

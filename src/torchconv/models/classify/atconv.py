@@ -21,7 +21,6 @@ Ours needs fewer multiply-adds than published, since the kernels' projection run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -29,9 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchconv._common import check, check_positive
+from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.models._backbone import POOLS, Backbone
 from torchconv.models._drop_path import DropPath
+from torchconv.models._registry import register_model
 from torchconv.ops.atconv import ATConv2d
 
 T = TypeVar("T")
@@ -170,7 +171,7 @@ def _each(name: str, value: T | Sequence[T], stages: int) -> list[T]:
 @part(
     "attnet", paper="atconv", kind="model", dims=(2,), keywords="AttNet attentive convolution classifier backbone GLU"
 )
-class AttNet(nn.Module):
+class AttNet(Backbone):
     """AttNet classifier.
 
     Args:
@@ -178,12 +179,13 @@ class AttNet(nn.Module):
         expansions, kernel_sizes, glu_conv, glu_norm: of the blocks, one value or one a stage.
         layer_scale: learned factors on the branches.
         num_classes: logits.
-        in_channels: channels of the image.
+        in_chans: channels of the image.
         drop_path_rate: chance of dropping a branch in the last block, rising linearly from 0 in the first.
         bias: of the attentive convolutions.
+        global_pool: "avg", "max", "avgmax" or "".
 
     Shape:
-        (N, in_channels, H, W) → (N, num_classes).
+        (N, in_chans, H, W) → (N, num_classes).
 
     Raises:
         ValueError: a per-stage argument of another length than ``dims``.
@@ -199,17 +201,23 @@ class AttNet(nn.Module):
         glu_norm: bool | Sequence[bool] = True,
         layer_scale: bool = True,
         num_classes: int = 1000,
-        in_channels: int = 3,
+        in_chans: int = 3,
         drop_path_rate: float = 0.0,
         bias: bool = True,
+        *,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check_choice("global_pool", global_pool, POOLS)
         stages, first = len(dims), dims[0]
+        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.global_pool = global_pool
+        self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
         depths = _each("depths", depths, stages)
         expansions, kernel_sizes = _each("expansions", expansions, stages), _each("kernel_sizes", kernel_sizes, stages)
         convs, norms = _each("glu_conv", glu_conv, stages), _each("glu_norm", glu_norm, stages)
         check(first >= 2, "dims", tuple(dims), "the stem starts with half of the first: at least 2")
-        stem = nn.Sequential(_down(in_channels, first // 2), nn.GELU(), _down(first // 2, first))
+        stem = nn.Sequential(_down(in_chans, first // 2), nn.GELU(), _down(first // 2, first))
         self.downsample_layers = nn.ModuleList([stem, *(_down(a, b) for a, b in pairwise(dims))])
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList()
@@ -217,18 +225,17 @@ class AttNet(nn.Module):
             options = (kernel_sizes[stage], expansions[stage], layer_scale, convs[stage], norms[stage], bias)
             self.stages.append(nn.Sequential(*(Block(dim, *options, next(rates)) for _ in range(depths[stage]))))
         self.norm = nn.LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], num_classes)
+        self.head: nn.Module = self.make_classifier(num_classes)
         self.apply(_init)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last map (N, dims[-1], H', W')."""
-        for down, blocks in zip(self.downsample_layers, self.stages, strict=True):
-            x = blocks(down(x))
-        return x
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Reduction and blocks of one stage."""
+        blocks: Any = self.stages[index]
+        return self.run(blocks, self.downsample_layers[index](x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        y: Tensor = self.head(self.norm(self.forward_features(x).mean((2, 3))))
+    def neck(self, x: Tensor) -> Tensor:
+        """Layer norm of the pooled features."""
+        y: Tensor = self.norm(x) if x.dim() == 2 else x
         return y
 
 
@@ -239,20 +246,48 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-attnet_xxs = partial(AttNet, (32, 64, 128, 240), (2, 2, 4, 2), glu_norm=False, layer_scale=False)
-attnet_xs = partial(AttNet, (40, 80, 160, 320), (2, 2, 7, 2), glu_norm=False)
-attnet_s = partial(AttNet, (40, 80, 160, 320), (2, 3, 10, 3), glu_norm=False, layer_scale=False)
-attnet_t1 = partial(AttNet, (48, 96, 224, 384), (2, 3, 12, 3))
-attnet_t2 = partial(AttNet, (64, 128, 288, 512), (3, 3, 16, 3))
-attnet_t3 = partial(AttNet, (72, 144, 320, 576), (4, 4, 26, 4))
-attnet_t4 = partial(AttNet, (96, 192, 384, 768), (5, 5, 28, 5))
+@register_model("atconv")
+def attnet_xxs(**options: Any) -> AttNet:
+    """AttNet-XXS: 2.9 M parameters, 0.53 G multiply-adds at 224 (published)."""
+    return AttNet((32, 64, 128, 240), (2, 2, 4, 2), **{"glu_norm": False, "layer_scale": False, **options})
 
-VARIANTS: dict[str, Callable[..., AttNet]] = {
-    "attnet_xxs": attnet_xxs,
-    "attnet_xs": attnet_xs,
-    "attnet_s": attnet_s,
-    "attnet_t1": attnet_t1,
-    "attnet_t2": attnet_t2,
-    "attnet_t3": attnet_t3,
-    "attnet_t4": attnet_t4,
+
+@register_model("atconv")
+def attnet_xs(**options: Any) -> AttNet:
+    """AttNet-XS: 5.6 M parameters, 1.0 G multiply-adds."""
+    return AttNet((40, 80, 160, 320), (2, 2, 7, 2), **{"glu_norm": False, **options})
+
+
+@register_model("atconv")
+def attnet_s(**options: Any) -> AttNet:
+    """AttNet-S: 7.7 M parameters, 1.3 G multiply-adds."""
+    return AttNet((40, 80, 160, 320), (2, 3, 10, 3), **{"glu_norm": False, "layer_scale": False, **options})
+
+
+@register_model("atconv")
+def attnet_t1(**options: Any) -> AttNet:
+    """AttNet-T1: 13.7 M parameters, 2.4 G multiply-adds."""
+    return AttNet((48, 96, 224, 384), (2, 3, 12, 3), **options)
+
+
+@register_model("atconv")
+def attnet_t2(**options: Any) -> AttNet:
+    """AttNet-T2: 27.0 M parameters, 5.1 G multiply-adds, ImageNet-1K top-1 84.4 %."""
+    return AttNet((64, 128, 288, 512), (3, 3, 16, 3), **options)
+
+
+@register_model("atconv")
+def attnet_t3(**options: Any) -> AttNet:
+    """AttNet-T3: 49.2 M parameters, 9.4 G multiply-adds."""
+    return AttNet((72, 144, 320, 576), (4, 4, 26, 4), **options)
+
+
+@register_model("atconv")
+def attnet_t4(**options: Any) -> AttNet:
+    """AttNet-T4: 87.3 M parameters, 16.7 G multiply-adds."""
+    return AttNet((96, 192, 384, 768), (5, 5, 28, 5), **options)
+
+
+VARIANTS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (attnet_xxs, attnet_xs, attnet_s, attnet_t1, attnet_t2, attnet_t3, attnet_t4)
 }

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice
 from torchconv.catalog import part
+from torchconv.models._backbone import POOLS, Backbone
 from torchconv.models._drop_path import drop_path
+from torchconv.models._registry import register_model
 from torchconv.ops.dcls import DCLSConv2d, share_positions
 
 
@@ -83,7 +85,7 @@ class Block(nn.Module):
 @part(
     "convnext-dcls", paper="dcls", kind="model", dims=(2,), keywords="ConvNeXt learnable spacings backbone classifier"
 )
-class ConvNeXtDCLS(nn.Module):
+class ConvNeXtDCLS(Backbone):
     """ConvNeXt with DCLS depthwise convolutions, positions shared within a stage.
 
     Args:
@@ -94,6 +96,7 @@ class ConvNeXtDCLS(nn.Module):
         head_init_scale: factor on the classifier's initial weights.
         dcls_kernel_size: S, odd.
         dcls_kernel_count: m, weights a channel.
+        global_pool: "avg", "max", "avgmax" or "".
         version: window of the DCLS layers, "v0" (the paper) or "gauss" (its sequel, with S = 23 and m = 26).
 
     Shape:
@@ -115,11 +118,17 @@ class ConvNeXtDCLS(nn.Module):
         dcls_kernel_size: int = 17,
         dcls_kernel_count: int = 34,
         version: str = "v0",
+        *,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check_choice("global_pool", global_pool, POOLS)
         odd = "must be odd, so that the residual keeps its size"
         check(dcls_kernel_size % 2 == 1, "dcls_kernel_size", dcls_kernel_size, odd)
         check(len(depths) == len(dims), "depths", depths, f"give one number for each of dims={tuple(dims)}")
+        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.global_pool = global_pool
+        self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
         blocks = sum(depths)
@@ -137,11 +146,11 @@ class ConvNeXtDCLS(nn.Module):
             self.stages.append(share_positions(stage))
             before = dim
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
-        self.head = nn.Linear(dims[-1], num_classes)
+        self.head: Any = self.make_classifier(num_classes)
         self.apply(self._init_weights)
         with torch.no_grad():
-            self.head.weight.mul_(head_init_scale)
-            self.head.bias.mul_(head_init_scale)
+            for parameter in self.head.parameters():
+                parameter.mul_(head_init_scale)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -150,20 +159,15 @@ class ConvNeXtDCLS(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The feature map of the last stage, (N, dims[-1], H/32, W/32) for four stages."""
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Reduction and blocks of one stage."""
+        blocks: Any = self.stages[index]
+        return self.run(blocks, self.downsample_layers[index](x))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the map, layer norm and, unless ``pre_logits``, the classifier."""
-        x = self.norm(x.mean((-2, -1)))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        return self.forward_head(self.forward_features(x))
+    def neck(self, x: Tensor) -> Tensor:
+        """Layer norm of the pooled features."""
+        y: Tensor = self.norm(x) if x.dim() == 2 else x
+        return y
 
     def merge(self) -> nn.Module:
         """The same network for inference with plain depthwise convolutions."""
@@ -174,35 +178,33 @@ class ConvNeXtDCLS(nn.Module):
         return merged
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "convnext_dcls_mini": {
-        "depths": (1, 1, 1, 1),
-        "dims": (16, 24, 32, 48),
-        "dcls_kernel_size": 7,
-        "dcls_kernel_count": 10,
-    },
-    "convnext_dcls_tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
-    "convnext_dcls_small": {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768), "dcls_kernel_count": 40},
-    "convnext_dcls_base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), "dcls_kernel_count": 40},
-    "convnext_dcls_gauss_tiny": {
-        "depths": (3, 3, 9, 3),
-        "dims": (96, 192, 384, 768),
-        "dcls_kernel_size": 23,
-        "dcls_kernel_count": 26,
-        "version": "gauss",
-    },
-}
+@register_model("dcls")
+def convnext_dcls_mini(**options: Any) -> ConvNeXtDCLS:
+    """ConvNeXt-DCLS for small images and tests: one block a stage, 16 to 48 channels, S = 7, m = 10."""
+    settings = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48), "dcls_kernel_size": 7, "dcls_kernel_count": 10}
+    return ConvNeXtDCLS(**{**settings, **options})
 
 
-def convnext_dcls(variant: str = "convnext_dcls_tiny", **options: Any) -> ConvNeXtDCLS:
-    """A named ConvNeXt-DCLS; ``options`` override the variant's.
+@register_model("dcls")
+def convnext_dcls_tiny(**options: Any) -> ConvNeXtDCLS:
+    """ConvNeXt-T-DCLS: 28.6 M parameters, ImageNet-1K top-1 82.5 % (published)."""
+    return ConvNeXtDCLS(**options)
 
-    Args:
-        variant: a key of ``VARIANTS``.
 
-    Example:
-        >>> convnext_dcls("convnext_dcls_mini", num_classes=10)(torch.zeros(1, 3, 32, 32)).shape
-        torch.Size([1, 10])
-    """
-    check_choice("variant", variant, VARIANTS)
-    return ConvNeXtDCLS(**{**VARIANTS[variant], **options})
+@register_model("dcls")
+def convnext_dcls_small(**options: Any) -> ConvNeXtDCLS:
+    """ConvNeXt-S-DCLS: 50.2 M parameters, ImageNet-1K top-1 83.7 % (published)."""
+    return ConvNeXtDCLS(**{"depths": (3, 3, 27, 3), "dcls_kernel_count": 40, **options})
+
+
+@register_model("dcls")
+def convnext_dcls_base(**options: Any) -> ConvNeXtDCLS:
+    """ConvNeXt-B-DCLS: 88.6 M parameters, ImageNet-1K top-1 84.1 % (published)."""
+    settings = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), "dcls_kernel_count": 40}
+    return ConvNeXtDCLS(**{**settings, **options})
+
+
+@register_model("dcls")
+def convnext_dcls_gauss_tiny(**options: Any) -> ConvNeXtDCLS:
+    """ConvNeXt-T-DCLS with Gaussian windows, S = 23 and m = 26 (arXiv 2306.00817)."""
+    return ConvNeXtDCLS(**{"dcls_kernel_size": 23, "dcls_kernel_count": 26, "version": "gauss", **options})

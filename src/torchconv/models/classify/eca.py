@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchconv._common import check
+from torchconv._common import check, check_choice
 from torchconv.catalog import part
+from torchconv.models._backbone import POOLS, Backbone
+from torchconv.models._registry import register_model
 from torchconv.ops.eca import ECA
 
 
@@ -111,7 +113,7 @@ class ECABottleneck(nn.Module):
 @part(
     "eca-resnet", paper="eca", kind="model", dims=(2,), keywords="ECA-Net ResNet backbone classifier channel attention"
 )
-class ECAResNet(nn.Module):
+class ECAResNet(Backbone):
     """ResNet with efficient channel attention in every block.
 
     Args:
@@ -121,6 +123,8 @@ class ECAResNet(nn.Module):
             training script does: "3557"), or None for the adaptive size of the blocks' output channels.
         num_classes: outputs; 0 for pooled features.
         in_chans: channels of the image.
+        drop_path_rate: only 0: the published network has no drop path.
+        global_pool: "avg", "max", "avgmax" or "".
 
     Shape:
         (N, in_chans, H, W) → (N, num_classes); H, W ≥ 33 give more than one position in the last stage.
@@ -131,6 +135,8 @@ class ECAResNet(nn.Module):
     Reference: arXiv 1910.03151, table 3.
     """
 
+    head_name = "fc"
+
     def __init__(
         self,
         block: type[ECABasicBlock] | type[ECABottleneck],
@@ -138,11 +144,17 @@ class ECAResNet(nn.Module):
         k_size: Sequence[int] | str | None = (3, 3, 3, 3),
         num_classes: int = 1000,
         in_chans: int = 3,
+        *,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check(drop_path_rate == 0, "drop_path_rate", drop_path_rate, "ECA-ResNet has no drop path; leave it at 0")
+        check_choice("global_pool", global_pool, POOLS)
         sizes = (None,) * len(layers) if k_size is None else tuple(int(k) for k in k_size)
         check(len(sizes) == len(layers), "k_size", k_size, f"give one size for each of the {len(layers)} stages")
-        self.num_classes, self.inplanes = num_classes, 64
+        self.in_chans, self.num_classes, self.inplanes, self.global_pool = in_chans, num_classes, 64, global_pool
+        self.feature_info = []
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -150,8 +162,9 @@ class ECAResNet(nn.Module):
         self.stages = tuple(f"layer{i + 1}" for i in range(len(layers)))
         for i, (name, depth, k) in enumerate(zip(self.stages, layers, sizes, strict=True)):
             self.add_module(name, self._stage(block, 64 * 2**i, depth, 1 if i == 0 else 2, k))
+            self.feature_info.append({"num_chs": self.inplanes, "reduction": 4 * 2**i, "module": name})
         self.num_features = self.inplanes
-        self.fc: nn.Module = _classifier(self.num_features, num_classes)
+        self.fc: nn.Module = self.make_classifier(num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
@@ -165,38 +178,11 @@ class ECAResNet(nn.Module):
         self.inplanes = outplanes
         return nn.Sequential(*blocks)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map of the last stage, (N, num_features, ⌈H/32⌉, ⌈W/32⌉)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for name in self.stages:
-            x = getattr(self, name)(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over space and the classifier; ``pre_logits`` stops before it."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer; 0 removes it."""
-        self.num_classes = num_classes
-        self.fc = _like(_classifier(self.num_features, num_classes), self.conv1.weight)
-
-
-def _classifier(features: int, num_classes: int) -> nn.Module:
-    return nn.Linear(features, num_classes) if num_classes > 0 else nn.Identity()
-
-
-def _like(module: nn.Module, tensor: Tensor) -> nn.Module:
-    return module.to(device=tensor.device, dtype=tensor.dtype)
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Blocks of one stage; the stem comes before the first."""
+        if index == 0:
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.run(getattr(self, self.stages[index]), x)
 
 
 class ConvBNReLU6(nn.Sequential):
@@ -257,7 +243,7 @@ _MOBILE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
     dims=(2,),
     keywords="ECA-Net MobileNetV2 mobile backbone channel attention",
 )
-class ECAMobileNetV2(nn.Module):
+class ECAMobileNetV2(Backbone):
     """MobileNetV2 with efficient channel attention; kernel size 1 in stages narrower than 96 channels, else 3.
 
     Args:
@@ -265,6 +251,8 @@ class ECAMobileNetV2(nn.Module):
         width_mult: factor on all widths (truncated); the kernel sizes follow the unscaled widths.
         in_chans: channels of the image.
         drop_rate: dropout before the classifier.
+        drop_path_rate: only 0: the published network has no drop path.
+        global_pool: "avg", "max", "avgmax" or "".
 
     Shape:
         (N, in_chans, H, W) → (N, num_classes).
@@ -272,23 +260,41 @@ class ECAMobileNetV2(nn.Module):
     Reference: arXiv 1910.03151, table 4.
     """
 
+    head_name = "classifier.1"
+
     def __init__(
-        self, num_classes: int = 1000, width_mult: float = 1.0, in_chans: int = 3, drop_rate: float = 0.25
+        self,
+        num_classes: int = 1000,
+        width_mult: float = 1.0,
+        in_chans: int = 3,
+        drop_rate: float = 0.25,
+        *,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check(drop_path_rate == 0, "drop_path_rate", drop_path_rate, "ECA-MobileNetV2 has no drop path; leave it at 0")
+        check_choice("global_pool", global_pool, POOLS)
         width = int(32 * width_mult)
         check(width >= 1, "width_mult", width_mult, "leaves no channels; use a larger factor")
         features: list[nn.Module] = [ConvBNReLU6(in_chans, width, stride=2)]
+        self.feature_info = []
+        self._ends: list[int] = []  # a stage ends before the next stride and at the end
+        reached = 2
         for expand_ratio, channels, depth, stride in _MOBILE:
+            if stride == 2:
+                self._end_stage(len(features), width, reached)
+                reached *= 2
             outputs, k_size = int(channels * width_mult), 1 if channels < 96 else 3
             for i in range(depth):
                 features.append(ECAInvertedResidual(width, outputs, stride if i == 0 else 1, expand_ratio, k_size))
                 width = outputs
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.num_features = int(1280 * max(1.0, width_mult))
+        self._end_stage(len(features), width, reached)
         features.append(ConvBNReLU6(width, self.num_features, 1))
         self.features = nn.Sequential(*features)
-        self.classifier = nn.Sequential(nn.Dropout(drop_rate), _classifier(self.num_features, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(drop_rate), self.make_classifier(num_classes))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
@@ -296,29 +302,24 @@ class ECAMobileNetV2(nn.Module):
                 nn.init.normal_(m.weight, std=0.01)
                 nn.init.zeros_(m.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map before pooling, (N, num_features, ⌈H/32⌉, ⌈W/32⌉)."""
-        y: Tensor = self.features(x)
+    def _end_stage(self, end: int, channels: int, reduction: int) -> None:
+        self._ends.append(end)
+        self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"features.{end - 1}"})
+
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """The blocks at one resolution."""
+        begin = self._ends[index - 1] if index else 0
+        return self.run(self.features[begin : self._ends[index]], x)
+
+    def final(self, x: Tensor) -> Tensor:
+        """The 1 × 1 convolution to ``num_features`` channels."""
+        y: Tensor = self.features[-1](x)
         return y
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over space, dropout and the classifier; ``pre_logits`` stops after the mean."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.classifier(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.classifier[1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer; 0 removes it."""
-        self.num_classes = num_classes
-        first = next(self.features.parameters())
-        self.classifier[1] = _like(_classifier(self.num_features, num_classes), first)
+    def neck(self, x: Tensor) -> Tensor:
+        """Dropout."""
+        y: Tensor = self.classifier[0](x)
+        return y
 
 
 def kernel_sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -340,36 +341,42 @@ def kernel_sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(found[stage] for stage in sorted(found))
 
 
+@register_model("eca")
 def eca_resnet18(k_size: Sequence[int] | str | None = (3, 5, 7, 7), **options: Any) -> ECAResNet:
     """ECA-Net18, 11.69 million parameters, top-1 70.92 % on ImageNet (published)."""
     return ECAResNet(ECABasicBlock, (2, 2, 2, 2), k_size, **options)
 
 
+@register_model("eca")
 def eca_resnet34(k_size: Sequence[int] | str | None = (3, 3, 5, 7), **options: Any) -> ECAResNet:
     """ECA-Net34, 21.80 million parameters, top-1 74.21 %."""
     return ECAResNet(ECABasicBlock, (3, 4, 6, 3), k_size, **options)
 
 
+@register_model("eca")
 def eca_resnet50(k_size: Sequence[int] | str | None = (3, 5, 5, 7), **options: Any) -> ECAResNet:
     """ECA-Net50, 25.56 million parameters, top-1 77.42 %."""
     return ECAResNet(ECABottleneck, (3, 4, 6, 3), k_size, **options)
 
 
+@register_model("eca")
 def eca_resnet101(k_size: Sequence[int] | str | None = (3, 3, 5, 7), **options: Any) -> ECAResNet:
     """ECA-Net101, 44.55 million parameters, top-1 78.65 %."""
     return ECAResNet(ECABottleneck, (3, 4, 23, 3), k_size, **options)
 
 
+@register_model("eca")
 def eca_resnet152(k_size: Sequence[int] | str | None = (3, 3, 5, 7), **options: Any) -> ECAResNet:
     """ECA-Net152, 60.19 million parameters, top-1 78.92 %."""
     return ECAResNet(ECABottleneck, (3, 8, 36, 3), k_size, **options)
 
 
+@register_model("eca")
 def eca_mobilenet_v2(**options: Any) -> ECAMobileNetV2:
     """ECA-MobileNetV2, 3.50 million parameters, top-1 72.56 %."""
     return ECAMobileNetV2(**options)
 
 
-VARIANTS: dict[str, Callable[..., nn.Module]] = {
+VARIANTS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (eca_resnet18, eca_resnet34, eca_resnet50, eca_resnet101, eca_resnet152, eca_mobilenet_v2)
 }

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.models._backbone import POOLS, Backbone, global_pool
+from torchconv.models._registry import register_model
 from torchconv.ops.inceptionnext import InceptionDWConv2d
 from torchconv.ops.plain import PlainConv2d
 
@@ -117,7 +119,7 @@ class MetaNeXtStage(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Mean over space, linear to ``mlp_ratio``·C, GELU, layer norm, dropout, linear to the classes (0: none)."""
+    """Linear to ``mlp_ratio``·C, GELU, layer norm, dropout, linear to the classes (0: none), on pooled features."""
 
     def __init__(self, dim: int, num_classes: int, mlp_ratio: float = 3, drop: float = 0.0) -> None:
         super().__init__()
@@ -129,8 +131,8 @@ class MlpHead(nn.Module):
         self.fc2: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, C, H, W) → (N, classes)."""
-        x = self.drop(self.norm(self.act(self.fc1(x.mean((2, 3))))))
+        """(N, C) → (N, classes)."""
+        x = self.drop(self.norm(self.act(self.fc1(x))))
         return x if pre_logits else self.fc2(x)
 
     def reset(self, num_classes: int, reset_other: bool = False) -> None:
@@ -152,7 +154,7 @@ class MlpHead(nn.Module):
     dims=(2,),
     keywords="MetaNeXt InceptionNeXt backbone classifier",
 )
-class MetaNeXt(nn.Module):
+class MetaNeXt(Backbone):
     """InceptionNeXt, and its layout with any other token mixer.
 
     Args:
@@ -165,6 +167,7 @@ class MetaNeXt(nn.Module):
         drop_rate: dropout before the classifier.
         drop_path_rate: drop path of the last block, rising linearly from 0.
         output_stride: 32, or 16, 8, 4 for dilation instead of the last strides.
+        global_pool: "avg", "max" or "avgmax".
         token_mixer: called as ``token_mixer(dim, dilation=dilation)`` instead of the inception convolution.
 
     Shape:
@@ -181,6 +184,8 @@ class MetaNeXt(nn.Module):
     Reference: arXiv 2303.16900, section 3 and table 1.
     """
 
+    head_name = "head.fc2"
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -196,8 +201,11 @@ class MetaNeXt(nn.Module):
         drop_path_rate: float = 0.0,
         output_stride: int = 32,
         token_mixer: Mixer | None = None,
+        *,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check_choice("global_pool", global_pool, POOLS[:3])
         ratios = (mlp_ratios,) * len(depths) if isinstance(mlp_ratios, int | float) else tuple(mlp_ratios)
         check(len(dims) == len(depths), "dims", dims, f"give one width for each of the {len(depths)} stages")
         check(len(ratios) == len(depths), "mlp_ratios", mlp_ratios, f"give one for each of the {len(depths)} stages")
@@ -209,12 +217,12 @@ class MetaNeXt(nn.Module):
             square_kernel_size=square_kernel_size,
             branch_ratio=branch_ratio,
         )
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.stem: nn.Module = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4), nn.BatchNorm2d(dims[0]))
         total, block = sum(depths), 0
         reached, dilation = 4, 1
         stages = []
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             downsample = None
             if i > 0:
@@ -240,31 +248,24 @@ class MetaNeXt(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map of the last stage."""
-        y: Tensor = self.stages(self.stem(x))
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Reduction and blocks of one stage; the stem comes before the first."""
+        stage: Any = self.stages[index]
+        x = self.stem(x) if index == 0 else x
+        y: Tensor = self.run(stage.blocks, stage.downsample(x)) if self.recomputes else stage(x)
         return y
-
-    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
-        """Maps of all stages."""
-        x = self.stem(x)
-        return [x := stage(x) for stage in self.stages]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The head on a map of the last stage; ``pre_logits`` stops before the classifier."""
-        y: Tensor = self.head(x, pre_logits)
+        y: Tensor = self.head(global_pool(x, self.global_pool), pre_logits)
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc2
-
-    def reset_classifier(self, num_classes: int, reset_other: bool = False) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """A new ``head.fc2`` (0: none); ``reset_other`` also removes the head's other layers."""
+        check_positive("num_classes", num_classes, zero=True)
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, POOLS[:3])
+            self.global_pool = global_pool
         self.num_classes = num_classes
         self.head.reset(num_classes, reset_other)
 
@@ -308,27 +309,31 @@ def _assign(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
         cast(Tensor, conv.bias).copy_(bias)
 
 
+@register_model("inceptionnext")
 def inception_next_atto(**options: Any) -> MetaNeXt:
     """InceptionNeXt-A, 4.16 million parameters, 0.50 GMACs, top-1 75.3 % on ImageNet (published)."""
     settings = {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320), "band_kernel_size": 9, "branch_ratio": 0.25}
     return MetaNeXt(**{**settings, **options})
 
 
+@register_model("inceptionnext")
 def inception_next_tiny(**options: Any) -> MetaNeXt:
     """InceptionNeXt-T, 28.06 million parameters, 4.19 GMACs, top-1 82.3 %."""
     return MetaNeXt(**options)
 
 
+@register_model("inceptionnext")
 def inception_next_small(**options: Any) -> MetaNeXt:
     """InceptionNeXt-S, 49.37 million parameters, 8.36 GMACs, top-1 83.5 %."""
     return MetaNeXt(**{"depths": (3, 3, 27, 3), **options})
 
 
+@register_model("inceptionnext")
 def inception_next_base(**options: Any) -> MetaNeXt:
     """InceptionNeXt-B, 86.67 million parameters, 14.84 GMACs, top-1 84.0 %."""
     return MetaNeXt(**{"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), **options})
 
 
-VARIANTS: dict[str, Callable[..., MetaNeXt]] = {
+VARIANTS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (inception_next_atto, inception_next_tiny, inception_next_small, inception_next_base)
 }

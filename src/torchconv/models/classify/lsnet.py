@@ -24,8 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchconv._common import check, check_positive
+from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.models._backbone import POOLS, Backbone
+from torchconv.models._backbone import global_pool as pool
+from torchconv.models._registry import register_model
 from torchconv.ops._common import Size, make_conv, ntuple
 from torchconv.ops.lsnet import ConvBN, LSConv2d
 
@@ -228,20 +231,22 @@ class Head(nn.Module):
     merges="self",
     keywords="LSNet lightweight backbone classifier edge real time",
 )
-class LSNet(nn.Module):
+class LSNet(Backbone):
     """LSNet classifier.
 
     Args:
         dims, depths: channels and blocks of each stage; a depth may be 0.
         num_heads, key_dim: of each stage's attention; only the fourth stage has any.
         num_classes: logits.
-        in_channels: channels of the image.
+        in_chans: channels of the image.
         img_size: size of the images, int or (H, W): the attention's biases belong to one size.
         patch_size: stride of the stem as far as ``img_size`` is concerned; 8.
+        drop_path_rate: only 0: the published network has no drop path.
+        global_pool: "avg", "max" or "avgmax".
         distillation: a second classifier ``head_dist``; in training both logits are returned, in eval their mean.
 
     Shape:
-        (N, in_channels, H, W) → (N, num_classes).
+        (N, in_chans, H, W) → (N, num_classes).
 
     Raises:
         ValueError: stage lists of different lengths, or images of another size.
@@ -254,19 +259,29 @@ class LSNet(nn.Module):
         num_heads: Sequence[int] = (3, 3, 3, 4),
         key_dim: Sequence[int] = (16, 16, 16, 16),
         num_classes: int = 1000,
-        in_channels: int = 3,
+        in_chans: int = 3,
         img_size: Size = 224,
         patch_size: int = 8,
         distillation: bool = False,
+        *,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check(drop_path_rate == 0, "drop_path_rate", drop_path_rate, "LSNet has no drop path; leave it at 0")
+        check_choice("global_pool", global_pool, POOLS[:3])
         stages = len(dims)
+        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.global_pool = global_pool
+        self.feature_info = [
+            {"num_chs": c, "reduction": 8 * 2**i, "module": f"blocks{i + 1}"} for i, c in enumerate(dims)
+        ]
         for name, values in (("depths", depths), ("num_heads", num_heads), ("key_dim", key_dim)):
             check(len(values) == stages, name, tuple(values), f"needs one entry a stage, as dims has ({stages})")
         check(dims[0] >= 4, "dims", tuple(dims), "the stem starts with a quarter of the first: at least 4")
         quarter, half = dims[0] // 4, dims[0] // 2
         self.patch_embed = nn.Sequential(
-            ConvBN(in_channels, quarter, 3, 2, 1),
+            ConvBN(in_chans, quarter, 3, 2, 1),
             nn.ReLU(),
             ConvBN(quarter, half, 3, 2, 1),
             nn.ReLU(),
@@ -286,21 +301,29 @@ class LSNet(nn.Module):
                 mixer = partial(_attention, dim, keys, heads, dim / (keys * heads), size)
             layers += [Block(dim, index, mixer) for index in range(depths[stage])]
             setattr(self, f"blocks{stage + 1}", nn.Sequential(*layers))
-        self.head: nn.Module = Head(dims[-1], num_classes)
-        self.head_dist: nn.Module | None = Head(dims[-1], num_classes) if distillation else None
+        self.head: nn.Module = self.make_classifier(num_classes)
+        self.head_dist: nn.Module | None = self.make_classifier(num_classes) if distillation and num_classes else None
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last map (N, dims[-1], H/64, W/64)."""
-        x = self.patch_embed(x)
-        for stage in range(self.stages):
-            x = getattr(self, f"blocks{stage + 1}")(x)
-        return x
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Blocks of one stage; the stem comes before the first, the reduction is the first two layers of the others."""
+        return self.run(getattr(self, f"blocks{index + 1}"), self.patch_embed(x) if index == 0 else x)
 
-    def forward(self, x: Tensor) -> Any:
-        """Logits; in training with distillation the pair (head, head_dist)."""
-        features = self.forward_features(x).mean((2, 3))
-        if self.head_dist is None:
-            return self.head(features)
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        """Batch norm and a linear layer."""
+        return Head(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifiers, of distillation too; 0 removes both."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.head_dist is not None:
+            first = next(self.parameters())
+            self.head_dist = self.make_classifier(num_classes).to(first.device, first.dtype) if num_classes else None
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """Pooling and logits; in training with distillation the pair (head, head_dist), in eval their mean."""
+        if self.head_dist is None or pre_logits:
+            return super().forward_head(x, pre_logits)
+        features = pool(x, self.global_pool)
         both = self.head(features), self.head_dist(features)
         return both if self.training else (both[0] + both[1]) / 2
 
@@ -330,8 +353,22 @@ def _merge_children(module: nn.Module) -> None:
             _merge_children(child)
 
 
-lsnet_t = partial(LSNet, (64, 128, 256, 384), (0, 2, 8, 10))
-lsnet_s = partial(LSNet, (96, 192, 320, 448), (1, 2, 8, 10))
-lsnet_b = partial(LSNet, (128, 256, 384, 512), (4, 6, 8, 10))
+@register_model("lsnet")
+def lsnet_t(**options: Any) -> LSNet:
+    """LSNet-T: 11.4 M parameters, 0.3 G multiply-adds at 224, ImageNet-1K top-1 74.9 %."""
+    return LSNet((64, 128, 256, 384), (0, 2, 8, 10), **options)
 
-VARIANTS: dict[str, Callable[..., LSNet]] = {"lsnet_t": lsnet_t, "lsnet_s": lsnet_s, "lsnet_b": lsnet_b}
+
+@register_model("lsnet")
+def lsnet_s(**options: Any) -> LSNet:
+    """LSNet-S: 16.1 M parameters, 0.5 G multiply-adds at 224, ImageNet-1K top-1 77.8 %."""
+    return LSNet((96, 192, 320, 448), (1, 2, 8, 10), **options)
+
+
+@register_model("lsnet")
+def lsnet_b(**options: Any) -> LSNet:
+    """LSNet-B: 23.2 M parameters, 1.3 G multiply-adds at 224, ImageNet-1K top-1 80.3 %."""
+    return LSNet((128, 256, 384, 512), (4, 6, 8, 10), **options)
+
+
+VARIANTS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (lsnet_t, lsnet_s, lsnet_b)}

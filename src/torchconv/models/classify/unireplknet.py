@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from torchconv._common import check, check_positive
+from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.models._backbone import POOLS, Backbone
+from torchconv.models._registry import register_model
 from torchconv.models.classify.unireplknet_block import LayerNorm2d, UniRepLKNetBlock
 
 Kernels = Sequence[Sequence[int]]
@@ -46,7 +47,7 @@ DEFAULT_KERNELS: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {
     merges="self",
     keywords="backbone image classification ImageNet large kernel audio video point cloud time series features",
 )
-class UniRepLKNet(nn.Module):
+class UniRepLKNet(Backbone):
     """The four-stage network, as a classifier or as a backbone that returns four feature maps.
 
     Args:
@@ -60,7 +61,8 @@ class UniRepLKNet(nn.Module):
         kernel_sizes: one kernel size a block, by stage; None takes the paper's for the paper's depths.
         deploy: build the merged form.
         features_only: return the outputs of the four stages (strides 4, 8, 16, 32), each through a layer norm, and
-            have no classifier.
+            have no classifier: the authors' form for detection and segmentation.
+        global_pool: "avg", "max", "avgmax" or "".
 
     Shape:
         (N, in_chans, H, W) → (N, num_classes), or four maps (N, dims[i], ⌈H/4·2ⁱ⌉, ⌈W/4·2ⁱ⌉).
@@ -89,10 +91,12 @@ class UniRepLKNet(nn.Module):
         deploy: bool = False,
         features_only: bool = False,
         *,
+        global_pool: str = "avg",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        check_choice("global_pool", global_pool, POOLS)
         depths, dims = tuple(depths), tuple(dims)
         check_positive("in_chans", in_chans)
         check_positive("num_classes", num_classes, zero=True)
@@ -107,7 +111,8 @@ class UniRepLKNet(nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.depths, self.dims = in_chans, num_classes, depths, dims
         self.kernel_sizes, self.deploy, self.features_only = kernels, deploy, features_only
-        self.head_init_scale, self.grad_checkpointing = head_init_scale, False
+        self.head_init_scale, self.global_pool, self.num_features = head_init_scale, global_pool, dims[-1]
+        self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
 
         def reduce(channels_in: int, channels_out: int) -> list[nn.Module]:
             conv = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, **options)
@@ -130,7 +135,7 @@ class UniRepLKNet(nn.Module):
                 self.add_module(f"norm{i}", LayerNorm2d(channels, **options))
         else:
             self.norm = nn.LayerNorm(dims[-1], eps=1e-6, **options)
-            self.head: Any = nn.Linear(dims[-1], num_classes, **options) if num_classes else nn.Identity()
+            self.head: Any = self.make_classifier(num_classes).to(device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,33 +149,21 @@ class UniRepLKNet(nn.Module):
             with torch.no_grad():
                 self.head.weight.mul_(self.head_init_scale)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and recompute the rest: less memory, a third slower."""
-        self.grad_checkpointing = enable
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Reduction and blocks of one stage."""
+        blocks: Any = self.stages[index]
+        return self.run(blocks, self.downsample_layers[index](x))
 
-    def stage_outputs(self, x: Tensor) -> list[Tensor]:
-        """The four stages' outputs."""
-        outputs = []
-        for reduce, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = reduce(x)
-            if self.grad_checkpointing and self.training:
-                for block in stage:  # type: ignore[attr-defined]
-                    x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = stage(x)
-            outputs.append(x)
-        return outputs
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's output (N, dims[3], H/32, W/32)."""
-        return self.stage_outputs(x)[-1]
+    def neck(self, x: Tensor) -> Tensor:
+        """Layer norm of the pooled features."""
+        return x if self.features_only or x.dim() > 2 else self.norm(x)
 
     def forward(self, x: Tensor) -> Any:
         """Logits, or the list of four feature maps."""
-        if self.features_only:
-            return [getattr(self, f"norm{i}")(y) for i, y in enumerate(self.stage_outputs(x))]
-        logits: Tensor = self.head(self.norm(self.forward_features(x).mean((-2, -1))))
-        return logits
+        if not self.features_only:
+            return super().forward(x)
+        maps = self.forward_intermediates(x, intermediates_only=True)
+        return [getattr(self, f"norm{i}")(y) for i, y in enumerate(maps)]
 
     def merge(self) -> UniRepLKNet:
         """The same map, with the running statistics, as a ``deploy`` network in eval mode."""
@@ -183,6 +176,7 @@ class UniRepLKNet(nn.Module):
                 kernel_sizes=self.kernel_sizes,
                 deploy=True,
                 features_only=self.features_only,
+                global_pool=self.global_pool,
             )
         state = {n: t.detach().clone() for n, t in self.state_dict().items() if not n.startswith("stages.")}
         for name, module in self.named_modules():
@@ -209,46 +203,55 @@ def _build(variant: str, options: dict[str, Any]) -> UniRepLKNet:
     return UniRepLKNet(**{**VARIANTS[variant], **options})
 
 
+@register_model("unireplknet")
 def unireplknet_a(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-A: 4.4 M parameters merged, 0.6 G multiply-adds at 224, ImageNet-1K top-1 77.0 %."""
     return _build("unireplknet_a", options)
 
 
+@register_model("unireplknet")
 def unireplknet_f(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-F: 6.2 M parameters merged, 0.9 G multiply-adds at 224, ImageNet-1K top-1 78.6 %."""
     return _build("unireplknet_f", options)
 
 
+@register_model("unireplknet")
 def unireplknet_p(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-P: 10.7 M parameters merged, 1.6 G multiply-adds at 224, ImageNet-1K top-1 80.2 %."""
     return _build("unireplknet_p", options)
 
 
+@register_model("unireplknet")
 def unireplknet_n(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-N: 18.3 M parameters merged, 2.8 G multiply-adds at 224, ImageNet-1K top-1 81.6 %."""
     return _build("unireplknet_n", options)
 
 
+@register_model("unireplknet")
 def unireplknet_t(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-T: 31.0 M parameters merged, 4.9 G multiply-adds at 224, ImageNet-1K top-1 83.2 %."""
     return _build("unireplknet_t", options)
 
 
+@register_model("unireplknet")
 def unireplknet_s(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-S: 55.6 M parameters merged, 9.1 G multiply-adds at 224, ImageNet-1K top-1 83.9 %."""
     return _build("unireplknet_s", options)
 
 
+@register_model("unireplknet")
 def unireplknet_b(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-B: 98.0 M parameters merged, 47.2 G multiply-adds at 384, top-1 87.4 % (22K pre-training)."""
     return _build("unireplknet_b", options)
 
 
+@register_model("unireplknet")
 def unireplknet_l(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-L: 218.5 M parameters merged, 105.4 G multiply-adds at 384, top-1 87.9 % (22K pre-training)."""
     return _build("unireplknet_l", options)
 
 
+@register_model("unireplknet")
 def unireplknet_xl(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-XL: 386.5 M parameters merged, 186.8 G multiply-adds at 384, top-1 88.0 % (22K pre-training)."""
     return _build("unireplknet_xl", options)
