@@ -5,7 +5,7 @@ The method names are timm's, so that code written for its networks takes these t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,13 +66,13 @@ class Backbone(nn.Module):
         """Whether blocks keep only their inputs now."""
         return self.grad_checkpointing and self.training
 
-    def run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+    def run(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         """Blocks in a row; with recomputation on and in training, only their inputs are kept."""
-        if not self.recomputes:
+        if isinstance(blocks, nn.Sequential) and not self.recomputes:
             y: Tensor = blocks(x)  # the container itself is called, so that hooks on it see the stage
             return y
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
