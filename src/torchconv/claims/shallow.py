@@ -59,10 +59,10 @@ def run(budget: str, progress: Progress) -> Evidence:
         threshold=-MARGIN,
         measurements={"by_depth": found, "training_loss_ratio": train_ratio, "seeds": seeds, "steps": steps},
         notes=[
-            f"The verdict asks whether the parallel validation loss is at most {MARGIN:.0f} % above the sequential one; "
-            "the interval is over depths and seeds.",
-            f"On the training set the parallel loss is {train_ratio:.1f} times the sequential one (geometric mean): the "
-            "deep stack fits better, as published.",
+            f"The verdict asks whether the parallel validation loss is at most {MARGIN:.0f} % above the sequential "
+            "one; the interval is over depths and seeds.",
+            f"On the training set the parallel loss is {train_ratio:.1f} times the sequential one (geometric mean): "
+            "the deep stack fits better, as published.",
             "Each network is trained for itself: a trained deep stack does not keep its accuracy side by side.",
         ],
     )
