@@ -11,12 +11,16 @@ from typing import Any
 _EXPORTS = {
     "adaptive_conv": "adaptive",
     "adaptive_conv2d": "adaptive",
+    "adaptive_downscale": "resample",
+    "autotune": "_depthwise_tune",
+    "causal_conv1d": "causal",
     "depthwise_conv1d": "depthwise",
     "depthwise_conv2d": "depthwise",
     "depthwise_conv3d": "depthwise",
+    "inception_conv": "inception",
 }
 
-__all__ = ["adaptive_conv", "adaptive_conv2d", "depthwise_conv1d", "depthwise_conv2d", "depthwise_conv3d"]
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

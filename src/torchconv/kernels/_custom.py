@@ -1,0 +1,50 @@
+"""Operators of our own for PyTorch's dispatcher: how they are registered, and when ordinary ones are wanted instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def define(
+    name: str,
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    keep: Callable[..., None] | None = None,
+) -> Any:
+    """Register ``torchconv::name`` and return it.
+
+    Args:
+        name: of the operator.
+        schema: its arguments and results, as in ``"(Tensor x, int n) -> Tensor"``.
+        compute: the function, for every device.
+        fake: shapes and types of the results, for compilers.
+        backward: ``backward(ctx, *grads)``; without one the operator has no gradient.
+        keep: ``keep(ctx, inputs, output)`` stores what ``backward`` needs.
+    """
+    full = f"torchconv::{name}"
+    torch.library.define(full, schema)
+    torch.library.impl(full, "default", compute)
+    torch.library.register_fake(full, fake)
+    if backward is not None:
+        torch.library.register_autograd(full, backward, setup_context=keep)
+    return getattr(torch.ops.torchconv, name).default
+
+
+def in_ordinary_operators() -> bool:
+    """Someone wants to see through an operator: an exporter, a tracer, a counter of operations, a transform of
+    ``torch.func`` or forward-mode differentiation."""
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
