@@ -1,0 +1,1 @@
+"""Networks for video: clips (N, C, T, H, W) in."""
