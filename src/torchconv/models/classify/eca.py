@@ -341,6 +341,11 @@ def kernel_sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(found[stage] for stage in sorted(found))
 
 
+def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of the network that a checkpoint of the authors belongs to: the kernel sizes set by hand."""
+    return {"k_size": kernel_sizes(state)} if "layer1.0.eca.conv.weight" in state else {}
+
+
 @register_model("eca")
 def eca_resnet18(k_size: Sequence[int] | str | None = (3, 5, 7, 7), **options: Any) -> ECAResNet:
     """ECA-Net18, 11.69 million parameters, top-1 70.92 % on ImageNet (published)."""

@@ -16,7 +16,8 @@ ones with a large-small convolution, in the fourth stage with attention.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -351,6 +352,15 @@ def _merge_children(module: nn.Module) -> None:
             setattr(module, name, merge())
         else:
             _merge_children(child)
+
+
+def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of the network that a checkpoint of the authors belongs to: the image size, and a second classifier."""
+    options: dict[str, Any] = {"distillation": any(n.startswith("head_dist.") for n in state)}
+    sides = [t.shape[0] for n, t in state.items() if n.endswith("attention_bias_idxs")]
+    if sides:  # positions of the last map, whose side is the image's over 64, rounded up at each stride
+        options["img_size"] = 64 * math.isqrt(int(sides[0]))
+    return options
 
 
 @register_model("lsnet")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -255,6 +255,15 @@ def unireplknet_l(**options: Any) -> UniRepLKNet:
 def unireplknet_xl(**options: Any) -> UniRepLKNet:
     """UniRepLKNet-XL: 386.5 M parameters merged, 186.8 G multiply-adds at 384, top-1 88.0 % (22K pre-training)."""
     return _build("unireplknet_xl", options)
+
+
+def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of the network that a checkpoint of the authors belongs to: its merged form has no batch norms."""
+    blocks = [n for n in state if n.startswith("stages.")]
+    return {
+        "deploy": not any(n.endswith("running_mean") for n in blocks),
+        "features_only": "norm0.weight" in state,
+    }
 
 
 def layer_group(name: str) -> int:

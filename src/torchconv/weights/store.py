@@ -1,0 +1,152 @@
+"""A network as a folder: ``config.json`` says how to build it, ``model.safetensors`` holds the tensors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from torchconv._common import atomic_write, require, write_json
+from torchconv._version import __version__
+from torchconv.weights.report import load_into
+
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """How to build ``model`` again: its name and options (named networks), and what was changed since.
+
+    Raises:
+        ValueError: the network has neither a name nor a record of changes.
+    """
+    config: Any = getattr(model, "torchconv_config", None)
+    timms: Any = getattr(model, "pretrained_cfg", None)
+    if config is None and timms:
+        config = {"timm": timms["architecture"], "options": dict(getattr(model, "_model_args", {}))}
+    if config is None:
+        remedy = "build it by torchconv.models.create_model or timm.create_model, so that it can be built again"
+        raise ValueError(f"model={type(model).__name__}: has no record of how it was built; {remedy}")
+    try:
+        text = json.dumps(config)
+    except TypeError as error:
+        raise ValueError(f"model={type(model).__name__}: an option cannot be written as JSON ({error})") from None
+    return {"format": "torchconv", "version": __version__, **json.loads(text)}
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The network that :func:`describe` described, with fresh weights.
+
+    Raises:
+        ValueError: not such a description.
+    """
+    options = dict(config.get("options", {}))
+    if "timm" in config:
+        base: nn.Module = require("timm", "models").create_model(config["timm"], **options)
+    elif "model" in config:
+        base = importlib.import_module("torchconv.models").create_model(config["model"], **options)
+    else:
+        raise ValueError(f"config={sorted(config)}: names no network; expected 'model' or 'timm'")
+    edits = config.get("edits")
+    if edits:
+        base = importlib.import_module("torchconv.surgery.structure").apply_edits(base, edits)
+    base.torchconv_config = {k: v for k, v in config.items() if k not in ("format", "version")}  # type: ignore[assignment]
+    return base
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write ``config.json`` and ``model.safetensors``, each moved into place when complete.
+
+    Raises:
+        ValueError: the network has no record of how it was built.
+    """
+    folder = Path(folder)
+    config = describe(model)
+    with atomic_write(folder / TENSORS) as temporary:
+        save_file(_own(model.state_dict()), temporary, metadata={"format": "pt", "config": json.dumps(config)})
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in state.items():
+        key = tensor.untyped_storage().data_ptr()
+        shared = tensor.numel() > 0 and key in seen
+        seen.add(key)
+        out[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
+    return out
+
+
+def load(path: str | Path, *, device: Any = "cpu") -> nn.Module:
+    """A network saved by :func:`save`, in eval mode.
+
+    Args:
+        path: the folder, or its ``.safetensors`` file alone, which holds the description too.
+        device: where its tensors go.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: the description is missing, or the tensors do not fit it.
+    """
+    path = Path(path)
+    file = path / TENSORS if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: holds no {TENSORS}")
+    beside = file.parent / CONFIG
+    if path.is_dir() and beside.is_file():
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    else:
+        with safe_open(file, "pt") as opened:
+            config = json.loads((opened.metadata() or {}).get("config", "{}"))
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights that are replaced
+        model = build(config)
+    tensors = load_file(file)
+    first = next((t for t in tensors.values() if t.is_floating_point()), None)
+    if first is not None:
+        model = model.to(first.dtype)
+    load_into(model, tensors)
+    return model.eval().to(device)
+
+
+def from_pretrained(
+    where: str | Path, *, revision: str | None = None, device: Any = "cpu", **download: Any
+) -> nn.Module:
+    """A network from a local folder, or from a repository of the Hugging Face hub.
+
+    Args:
+        where: a folder (works offline) or "owner/name".
+        revision: branch, tag or commit on the hub.
+        device: where its tensors go.
+        download: further arguments of ``huggingface_hub.snapshot_download``.
+    """
+    if Path(where).exists():
+        return load(where, device=device)
+    hub = require("huggingface_hub", "hub")
+    patterns = [CONFIG, TENSORS]
+    return load(
+        hub.snapshot_download(str(where), revision=revision, allow_patterns=patterns, **download), device=device
+    )
+
+
+def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, message: str = "Add network") -> str:
+    """Save a network and upload it to a repository of the Hugging Face hub, which is made if missing.
+
+    Returns:
+        The address of the commit.
+    """
+    import tempfile
+
+    hub = require("huggingface_hub", "hub")
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        api = hub.HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
