@@ -61,7 +61,9 @@ def _sizes(build: Any, found: dict[str, Any], state: dict[str, Tensor]) -> dict[
         rows = [t.shape[0] for n, t in state.items() if n.startswith(f"{classifier}.") and t.dim() == 2]
         sizes["num_classes"] = int(rows[-1]) if rows else 0
     first = next((n for n, p in own.items() if p.dim() >= 4), None)
-    if first in state and hasattr(like, "in_chans"):
+    if first not in state:  # a merged form calls its layers otherwise
+        first = next((n for n, t in state.items() if t.dim() >= 4), None)
+    if first is not None and hasattr(like, "in_chans"):
         sizes["in_chans"] = int(state[first].shape[1])
     return {n: v for n, v in sizes.items() if n not in found}
 
