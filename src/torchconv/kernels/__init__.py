@@ -17,6 +17,8 @@ _EXPORTS = {
     "depthwise_conv1d": "depthwise",
     "depthwise_conv2d": "depthwise",
     "depthwise_conv3d": "depthwise",
+    "long_conv": "long",
+    "long_conv_spectrum": "long",
     "inception_conv": "inception",
 }
 

@@ -1,0 +1,299 @@
+"""Convolution with kernels as long as the sequence, O(L log L) (Fu et al. 2023, arXiv 2302.06646; Li et al. 2022,
+arXiv 2210.09298).
+
+The output and both gradients take one real transform a row each, of the shortest length that keeps what wraps round out
+of the result, in blocks of rows that stay in the cache. Only the input and the kernel are kept for the backward pass,
+half of what differentiating the expression of transforms keeps. Kernels much shorter than the sequence, and sequences
+whose transform would not fit, run by overlap-add.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchconv._common import check, check_choice, check_positive
+from torchconv.catalog import part
+from torchconv.kernels import _long_forms as forms
+from torchconv.kernels._custom import define, in_ordinary_operators
+from torchconv.kernels._long_monarch import monarch
+
+BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
+_FEW_TAPS = 16  # up to which the dot products of F.conv1d are faster than transforms
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _compute_type(x: Tensor, kernel: Tensor) -> torch.dtype:
+    wide = torch.promote_types(x.dtype, kernel.dtype)
+    return torch.float32 if wide in _HALF else wide
+
+
+def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+
+
+def _output(x: Tensor, kernel: Tensor, origin: int, chunk: int, backend: str, spectrum: Tensor | None) -> Tensor:
+    length, dtype = x.shape[2], _compute_type(x, kernel)
+    first, beyond = forms.trimmed(length, kernel.shape[2], origin)
+    if first == beyond or 0 in x.shape:
+        return x.new_zeros(x.shape[0], kernel.shape[0], *x.shape[1:])
+    wide, taps, origin = x.to(dtype), kernel[..., first:beyond].to(dtype), origin - first
+    size = forms.block_length(length, beyond - first, chunk)
+    with _outside_autocast(x.device.type):
+        if backend == "triton" and (y := _by_triton(x, taps, origin)) is not None:
+            return y
+        if backend == "monarch":
+            y = monarch(wide, taps, origin)
+        elif spectrum is None and size:
+            y = forms.blocked(wide, taps, origin, size)
+        else:
+            y = forms.whole(wide, taps, origin, spectrum)
+    return y.to(x.dtype)
+
+
+def _by_triton(x: Tensor, kernel: Tensor, origin: int) -> Tensor | None:
+    try:
+        from torchconv.kernels import _long_triton as kernels
+    except ImportError:
+        return None
+    reason = kernels.refusal(x, kernel, origin)
+    if reason:
+        kernels.tell(reason)
+        return None
+    return kernels.output(x, kernel, origin)
+
+
+def _gradients(
+    g: Tensor, x: Tensor, kernel: Tensor, origin: int, chunk: int, need_x: bool, need_k: bool
+) -> tuple[Tensor, Tensor]:
+    length, dtype = x.shape[2], _compute_type(x, kernel)
+    first, beyond = forms.trimmed(length, kernel.shape[2], origin)
+    dx: Tensor | None = None
+    dk: Tensor | None = None
+    if first < beyond and 0 not in x.shape:
+        taps = kernel[..., first:beyond].to(dtype)
+        size = forms.block_length(length, beyond - first, chunk)
+        args = (g.to(dtype), x.to(dtype), taps, origin - first)
+        with _outside_autocast(x.device.type):
+            if size:
+                dx, dk = forms.blocked_gradients(*args, size, need_x, need_k)
+            else:
+                dx, dk = forms.whole_gradients(*args, need_x, need_k)
+    if dx is None:
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    if dk is not None:
+        dk = F.pad(dk, (first, kernel.shape[2] - beyond))
+    else:
+        dk = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if need_k else kernel.new_empty(0)
+    return dx.to(x.dtype), dk.to(kernel.dtype)
+
+
+def _gradients_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.geometry = inputs[3:5]
+
+
+def _gradients_backward(ctx: Any, ddx: Tensor, ddk: Tensor) -> tuple[Any, ...]:
+    """dx is linear in g and k, dk in g and x: the gradients of both are the same two functions again."""
+    g, x, kernel = ctx.saved_tensors
+    ddx = torch.zeros_like(x) if ddx is None or ddx.shape != x.shape else ddx
+    ddk = torch.zeros_like(kernel) if ddk is None or ddk.shape != kernel.shape else ddk
+    dg = OUTPUT(ddx, kernel, *ctx.geometry, "fft", None) + OUTPUT(x, ddk, *ctx.geometry, "fft", None)
+    dx, dk = GRADIENTS(g, ddx, ddk, *ctx.geometry, True, True)
+    return dg.to(g.dtype), dx, dk, None, None, None, None
+
+
+def _output_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:4]
+
+
+def _output_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, kernel = ctx.saved_tensors
+    need_x, need_k = ctx.needs_input_grad[:2]
+    dx, dk = GRADIENTS(g, x, kernel, *ctx.geometry, need_x, need_k)
+    return dx if need_x else None, dk if need_k else None, None, None, None, None
+
+
+def _output_fake(x: Tensor, kernel: Tensor, origin: int, chunk: int, backend: str, spectrum: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], kernel.shape[0], x.shape[1], x.shape[2])
+
+
+def _gradients_fake(
+    g: Tensor, x: Tensor, kernel: Tensor, origin: int, chunk: int, need_x: bool, need_k: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_x else 0), kernel.new_empty(kernel.shape if need_k else 0)
+
+
+GRADIENTS = define(
+    "long_conv_backward",
+    "(Tensor g, Tensor x, Tensor kernel, SymInt origin, SymInt chunk, bool need_x, bool need_k) -> (Tensor, Tensor)",
+    _gradients,
+    _gradients_fake,
+    _gradients_backward,
+    _gradients_keep,
+)
+OUTPUT = define(
+    "long_conv",
+    "(Tensor x, Tensor kernel, SymInt origin, SymInt chunk, str backend, Tensor? spectrum) -> Tensor",
+    _output,
+    _output_fake,
+    _output_backward,
+    _output_keep,
+)
+
+
+def _settled(
+    kernel: Tensor, channels: int | None, causal: bool, origin: int | None, skip: Tensor | None
+) -> tuple[Tensor, int]:
+    """The kernel as (M, C, K) with the skip added at lag 0, and the number of the tap at lag 0."""
+    ok = kernel.dim() in (2, 3) and kernel.shape[-1] >= 1 and (channels is None or kernel.shape[-2] == channels)
+    if not ok:
+        wanted = "C" if channels is None else str(channels)
+        remedy = f"expected ({wanted}, K) or (M, {wanted}, K) with K ≥ 1, a kernel for every channel of x"
+        raise ValueError(f"kernel of shape {tuple(kernel.shape)}: {remedy}")
+    taps = kernel.shape[-1]
+    if origin is None:
+        origin = 0 if causal else (taps - 1) // 2
+    check(not causal or origin == 0, "origin", origin, "a causal kernel begins at lag 0; give causal=False")
+    check(0 <= origin < taps, "origin", origin, f"must be one of the {taps} taps, 0 to {taps - 1}")
+    if skip is not None:
+        if skip.shape != kernel.shape[:-1]:
+            shape = tuple(kernel.shape[:-1])
+            raise ValueError(f"skip of shape {tuple(skip.shape)}: expected {shape}, a number for every kernel")
+        kernel = kernel + F.pad(skip.unsqueeze(-1), (origin, taps - 1 - origin))
+    return kernel if kernel.dim() == 3 else kernel.unsqueeze(0), origin
+
+
+def long_conv_spectrum(
+    kernel: Tensor, length: int, causal: bool = True, origin: int | None = None, skip: Tensor | None = None
+) -> Tensor:
+    """The kernel's transform for inputs of one length, to be made once and given to :func:`long_conv`.
+
+    Args:
+        kernel, causal, origin, skip: as in :func:`long_conv`.
+        length: L of the inputs, at least 1.
+
+    Shape:
+        (C, K) → (1, C, n), (M, C, K) → (M, C, n), complex.
+
+    Raises:
+        ValueError: shapes do not fit or an argument is out of range.
+
+    Example:
+        >>> kernel, x = torch.randn(3, 50), torch.randn(2, 3, 50)
+        >>> spectrum = long_conv_spectrum(kernel, 50)
+        >>> torch.allclose(long_conv(x, kernel, spectrum=spectrum), long_conv(x, kernel), atol=1e-5)
+        True
+    """
+    check_positive("length", length)
+    kernel, origin = _settled(kernel, None, causal, origin, skip)
+    first, beyond = forms.trimmed(length, kernel.shape[2], origin)
+    wide = kernel[..., first:beyond].to(_compute_type(kernel, kernel))
+    return torch.fft.rfft(wide, forms.transform_length(length, beyond - first, origin - first))
+
+
+def _check_input(x: Tensor, kernel: Tensor, skip: Tensor | None) -> None:
+    if x.dim() != 3 or x.shape[2] < 1:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, C, L) with L ≥ 1")
+    for name, tensor in (("x", x), ("kernel", kernel), ("skip", skip)):
+        if tensor is not None:
+            check(tensor.is_floating_point(), f"{name}.dtype", tensor.dtype, "must be floating point; convert it")
+            remedy = f"x is on {x.device}; move both to one device"
+            check(tensor.device == x.device, f"{name}.device", tensor.device, remedy)
+
+
+@part(
+    "long-conv",
+    paper="longconv",
+    kind="kernel",
+    dims=(1,),
+    keywords="long convolution FFT overlap-add causal sequence global kernel Monarch butterfly streaming",
+)
+def long_conv(
+    x: Tensor,
+    kernel: Tensor,
+    causal: bool = True,
+    origin: int | None = None,
+    skip: Tensor | None = None,
+    *,
+    spectrum: Tensor | None = None,
+    chunk: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve every channel with its own kernel of any length, shorter or longer than the sequence.
+
+    y[b, m, c, t] = Σ_j kernel[m, c, j] · x[b, c, t + origin − j] + skip[m, c] · x[b, c, t], zero outside x.
+
+    Args:
+        x: the sequences, any strides. Half precision is computed in float32.
+        kernel: one kernel a channel, or M of them; any floating type, the result has that of x.
+        causal: tap j stands at lag j: outputs depend on the present and the past only.
+        origin: without ``causal``, the tap at lag 0; unset it is the centre (K − 1) // 2, as in
+            ``scipy.signal.convolve(x, kernel, "same")``. K − 1 makes an anti-causal kernel.
+        skip: D, added to the tap at lag 0 before the transform, so that it costs nothing.
+        spectrum: the kernel's transform from :func:`long_conv_spectrum`; used where no gradient is recorded.
+        chunk: most samples of x and of the kernel in one transform; longer ones go through in blocks (overlap-add).
+            Unset: blocks of twice the kernel where that is at most an eighth of a sequence of over 32768 samples, and
+            where one transform would have over 16.8 million samples. Working memory follows the kernel, not x.
+        backend: "auto" is "native", ``F.conv1d``, up to 16 taps and "fft" above; "monarch" makes the transforms by
+            products with 16 × 16 matrices; "triton" does that in one launch for transforms of up to 4096 samples and
+            says once when it cannot, "fft" taking over; "reference" is a sum over taps.
+
+    Gradients of any order. Under ``torch.compile`` this is one operator ``torchconv::long_conv``; under
+    ``torch.export``, tracing and ``torch.func`` an expression of ordinary ones.
+
+    Shape:
+        x (B, C, L), kernel (C, K), skip (C) → (B, C, L); kernel (M, C, K), skip (M, C) → (B, M, C, L).
+
+    Raises:
+        ValueError: shapes, devices or types do not fit, or an argument is out of its range.
+
+    Example:
+        >>> long_conv(torch.arange(4.0).reshape(1, 1, 4), torch.ones(1, 100))
+        tensor([[[0., 1., 3., 6.]]])
+
+    Reference: arXiv 2302.06646 and arXiv 2210.09298.
+    """
+    check_choice("backend", backend, BACKENDS)
+    _check_input(x, kernel, skip)
+    if chunk is not None:
+        check_positive("chunk", chunk)
+    single = kernel.dim() == 2
+    kernel, origin = _settled(kernel, x.shape[1], causal, origin, skip)
+    if backend == "auto":
+        backend = "native" if kernel.shape[2] <= _FEW_TAPS and chunk is None and spectrum is None else "fft"
+    record = torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad)
+    if spectrum is not None:
+        spectrum = _checked_spectrum(spectrum, x, kernel, origin)
+        spectrum = None if record or backend != "fft" else spectrum
+    if backend in ("native", "reference") or in_ordinary_operators():
+        y = _seen_through(x, kernel, origin, backend)
+    else:
+        y = OUTPUT(x, kernel, origin, chunk or 0, backend, spectrum)
+    return y.squeeze(1) if single else y
+
+
+def _checked_spectrum(spectrum: Tensor, x: Tensor, kernel: Tensor, origin: int) -> Tensor:
+    first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
+    n = forms.transform_length(x.shape[2], beyond - first, origin - first)
+    shape = (*kernel.shape[:2], n // 2 + 1)
+    if tuple(spectrum.shape) != shape or not spectrum.is_complex():
+        got = f"spectrum of shape {tuple(spectrum.shape)} and type {spectrum.dtype}"
+        raise ValueError(f"{got}: expected complex {shape}; make it by long_conv_spectrum for L = {x.shape[2]}")
+    return spectrum
+
+
+def _seen_through(x: Tensor, kernel: Tensor, origin: int, backend: str) -> Tensor:
+    dtype = _compute_type(x, kernel)
+    first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
+    form = forms.SEEN_THROUGH.get(backend, forms.composite)
+    with _outside_autocast(x.device.type):
+        if first == beyond:
+            return x.unsqueeze(1) * torch.zeros_like(kernel[..., :1])
+        return form(x.to(dtype), kernel[..., first:beyond].to(dtype), origin - first).to(x.dtype)
