@@ -180,8 +180,9 @@ def _load(case: Case, adapted: Adapted) -> None:
 def _cotangents(case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name in outputs:
-        if f"{COTANGENT}.{name}" in case.inputs:
-            found[name] = case.inputs[f"{COTANGENT}.{name}"]
+        for official in (f"{COTANGENT}.{name}", f"{COTANGENT}_{name}"):
+            if official in case.inputs:
+                found[name] = case.inputs[official]
     if not found and COTANGENT in case.inputs:
         shape = case.inputs[COTANGENT].shape
         fitting = [n for n in outputs if n == "y"] or [n for n, t in outputs.items() if t.shape == shape]
