@@ -1,0 +1,392 @@
+"""Parts for crop-stress time series: kernels learned in the Fourier domain, capsules with routing, vegetation indices.
+
+Shi, Han et al. 2023, "A Fast Fourier Convolutional Deep Neural Network For Accurate and Explainable Discrimination Of
+Wheat Yellow Rust And Nitrogen Deficiency From Sentinel-2 Time-Series Data", arXiv 2306.17207. Routing and margin loss:
+Sabour, Frosst, Hinton 2017, arXiv 1710.09829. No code of the paper could be found, so that sizes are ours.
+
+    kernel   y = irfft(W ⊙ rfft(x)), W[i, o, f] complex: a circular convolution with irfft(W), O(T log T)
+    routing  û_ij = W_ij u_i;  b = 0;  r times:  c_i = softmax_j(b_ij), v_j = squash(Σ_i c_ij û_ij), b_ij += û_ij · v_j
+    squash   |s|²/(1 + |s|²) · s/|s|
+
+2·C·C'·(⌊T/2⌋ + 1) parameters the kernel, n_in·n_out·p·k the routing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchconv._common import check, check_choice, check_positive
+from torchconv.catalog import part
+from torchconv.ops._common import check_input
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _complex(weight: Tensor) -> Tensor:
+    return torch.view_as_complex((weight.float() if weight.dtype in _HALF else weight).contiguous())
+
+
+def time_kernel(weight: Tensor, length: int) -> Tensor:
+    """The kernel in time, irfft(W): what :func:`fourier_kernel_conv` convolves with.
+
+    Args:
+        weight: (…, bins, 2), real and imaginary parts.
+        length: T, with ⌊T/2⌋ + 1 bins.
+
+    Shape:
+        (…, bins, 2) → (…, length).
+
+    Example:
+        >>> time_kernel(torch.tensor([1.0, 0.0]).expand(3, 2), 4)
+        tensor([1., 0., 0., 0.])
+
+    Reference: arXiv 2306.17207.
+    """
+    return torch.fft.irfft(_complex(weight), n=length)
+
+
+def fourier_kernel_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """Circular convolution by a complex weight for every frequency.
+
+    The imaginary part at frequency 0, and at T/2 for even T, has no effect.
+
+    Args:
+        x: series of T steps.
+        weight: (C_in, C_out, ⌊T/2⌋ + 1, 2), or (C, ⌊T/2⌋ + 1, 2) for one weight a channel.
+
+    Shape:
+        (N, C_in, T) → (N, C_out, T). Half precision is computed in float32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> gain = torch.tensor([2.0, 0.0]).expand(1, 3, 2)
+        >>> fourier_kernel_conv(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), gain)
+        tensor([[[2., 4., 6., 8.]]])
+
+    Reference: arXiv 2306.17207.
+    """
+    length, bins = x.shape[-1], x.shape[-1] // 2 + 1
+    mixing = weight.dim() == 4
+    if weight.dim() not in (3, 4) or weight.shape[0] != x.shape[1] or tuple(weight.shape[-2:]) != (bins, 2):
+        expected = f"({x.shape[1]}, {bins}, 2) or ({x.shape[1]}, C_out, {bins}, 2) for series of {length} steps"
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected {expected}")
+    if x.shape[0] == 0:  # not every FFT library takes an empty batch
+        return x.new_zeros(0, weight.shape[1] if mixing else x.shape[1], length)
+    gain = _complex(weight)
+    spectrum = torch.fft.rfft(x.float() if x.dtype in _HALF else x)
+    y = torch.einsum("bif,iof->bof", spectrum, gain) if mixing else spectrum * gain
+    return torch.fft.irfft(y, n=length).to(x.dtype)
+
+
+@part(
+    "fourier-kernel",
+    paper="ffdnn",
+    kind="layer",
+    dims=(1,),
+    probe={"build": {"in_channels": 3, "out_channels": 4, "length": 12, "band": [1, 5]}, "inputs": [[2, 3, 12]]},
+    keywords="Fourier domain kernel circular convolution FNO spectral convolution time series season",
+)
+class FourierKernelConv1d(nn.Module):
+    """Convolution of a series of fixed length whose kernel is learned in the Fourier domain.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out; unset is C_in.
+        length: T, steps of a series.
+        depthwise: one kernel a channel; channels do not mix.
+        band: (first, last) frequencies that pass, both included, in cycles a series; None for all.
+
+    Shape:
+        (N, in_channels, length) → (N, out_channels, length). The end of the series joins its start: pad where it must
+        not.
+
+    Raises:
+        ValueError: an argument is out of range, or series of another length.
+
+    Example:
+        >>> FourierKernelConv1d(2, 16, length=24)(torch.zeros(5, 2, 24)).shape
+        torch.Size([5, 16, 24])
+
+    Reference: arXiv 2306.17207.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        length: int = 24,
+        depthwise: bool = False,
+        band: tuple[int, int] | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        check_positive("in_channels", in_channels)
+        check_positive("out_channels", out_channels)
+        check_positive("length", length)
+        fits = not depthwise or out_channels == in_channels
+        check(fits, "out_channels", out_channels, f"a depthwise kernel keeps the {in_channels} channels")
+        bins = length // 2 + 1
+        first, last = (0, bins - 1) if band is None else band
+        check(0 <= first <= last < bins, "band", band, f"series of {length} steps have frequencies 0 to {bins - 1}")
+        self.in_channels, self.out_channels, self.length, self.depthwise = in_channels, out_channels, length, depthwise
+        self.first, self.last = first, last
+        channels = (in_channels,) if depthwise else (in_channels, out_channels)
+        self.weight_ri = nn.Parameter(torch.empty(*channels, last - first + 1, 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal, so that white noise in gives noise of the same variance."""
+        nn.init.normal_(self.weight_ri, std=(0.5 / (1 if self.depthwise else self.in_channels)) ** 0.5)
+
+    def weight(self) -> Tensor:
+        """The weights of all frequencies, zero outside the band: (…, ⌊length/2⌋ + 1, 2)."""
+        return F.pad(self.weight_ri, (0, 0, self.first, self.length // 2 - self.last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x``."""
+        check_input(x, self.in_channels, 1)
+        if x.shape[-1] != self.length:
+            raise ValueError(f"x of shape {tuple(x.shape)}: kernels are for series of {self.length} steps; resample it")
+        return fourier_kernel_conv(x, self.weight())
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        band = (self.first, self.last)
+        return f"{self.in_channels}, {self.out_channels}, {self.length}, depthwise={self.depthwise}, band={band}"
+
+
+def squash(s: Tensor, eps: float = 1e-8) -> Tensor:
+    """Shorten vectors to a length in [0, 1) and keep their direction: |s|²/(1 + |s|²) · s/|s|, over the last axis.
+
+    Args:
+        s: vectors.
+        eps: added to |s|² in the root, for a gradient at zero.
+
+    Shape:
+        (…, k) → (…, k).
+
+    Example:
+        >>> squash(torch.tensor([3.0, 4.0])).norm().round(decimals=4)
+        tensor(0.9615)
+
+    Reference: arXiv 1710.09829, equation 1.
+    """
+    squared = s.square().sum(-1, keepdim=True)
+    return s * (squared / (1 + squared) * torch.rsqrt(squared + eps))
+
+
+def dynamic_routing(u: Tensor, weight: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:
+    """Routing by agreement from input capsules to output capsules.
+
+    The softmax is over the output capsules: each input shares itself out. Gradients flow through all iterations.
+
+    Args:
+        u: input capsules.
+        weight: (n_in, n_out, p, k).
+        iterations: r ≥ 1; at 1 every input is shared out evenly.
+
+    Shape:
+        u (N, n_in, p) → capsules (N, n_out, k) and the shares (N, n_in, n_out) that made them.
+
+    Raises:
+        ValueError: ``iterations`` below 1, or shapes that do not fit.
+
+    Example:
+        >>> v, shares = dynamic_routing(torch.ones(1, 4, 2), torch.ones(4, 3, 2, 5), iterations=1)
+        >>> v.shape, shares[0, 0]
+        (torch.Size([1, 3, 5]), tensor([0.3333, 0.3333, 0.3333]))
+
+    Reference: arXiv 1710.09829, procedure 1.
+    """
+    check_positive("iterations", iterations)
+    if weight.dim() != 4 or weight.shape[0] != u.shape[1] or weight.shape[2] != u.shape[2]:
+        expected = f"({u.shape[1]}, n_out, {u.shape[2]}, k)"
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected {expected}")
+    votes = torch.einsum("ijpk,nip->nijk", weight, u)
+    logits = votes.new_zeros(votes.shape[:3])
+    for step in range(iterations):
+        shares = logits.softmax(2)
+        v = squash(torch.einsum("nij,nijk->njk", shares, votes))
+        if step + 1 < iterations:
+            logits = logits + torch.einsum("nijk,njk->nij", votes, v)
+    return v, shares
+
+
+def margin_loss(lengths: Tensor, label: Tensor, upper: float = 0.9, lower: float = 0.1, absent: float = 0.5) -> Tensor:
+    """Σ_k [k = label]·max(0, upper − |v_k|)² + absent·[k ≠ label]·max(0, |v_k| − lower)², averaged over the batch.
+
+    Args:
+        lengths: lengths of the class capsules.
+        label: classes.
+        upper, lower, absent: margins, and the weight of the other classes.
+
+    Shape:
+        (N, classes), (N,) → a number.
+
+    Example:
+        >>> margin_loss(torch.tensor([[0.95, 0.05]]), torch.tensor([0]))
+        tensor(0.)
+
+    Reference: arXiv 1710.09829, equation 4.
+    """
+    right = F.one_hot(label, lengths.shape[1]).to(lengths.dtype)
+    loss = right * F.relu(upper - lengths).square() + absent * (1 - right) * F.relu(lengths - lower).square()
+    return loss.sum(1).mean()
+
+
+@part(
+    "capsules",
+    paper="ffdnn",
+    kind="layer",
+    dims=(1,),
+    probe={"build": {"channels": 6, "length": 8, "classes": 3}, "inputs": [[2, 6, 8]]},
+    keywords="capsule network dynamic routing encoder classifier time series explainable",
+)
+class CapsuleEncoder(nn.Module):
+    """A capsule for each step of a series, routed to one for each class; their lengths are the scores.
+
+    Args:
+        channels: C.
+        length: T, steps of a series.
+        classes: class capsules.
+        primary: p, numbers in the capsule of a step.
+        dim: k, numbers in the capsule of a class.
+        iterations: of the routing.
+
+    Shape:
+        (N, channels, length) → class capsules (N, classes, dim) and shares (N, length, classes): which steps voted for
+        which class.
+
+    Raises:
+        ValueError: an argument is out of range, or series of another length.
+
+    Example:
+        >>> v, shares = CapsuleEncoder(32, 24, 3)(torch.zeros(5, 32, 24))
+        >>> v.norm(dim=2).shape, shares.shape
+        (torch.Size([5, 3]), torch.Size([5, 24, 3]))
+
+    Reference: arXiv 2306.17207; arXiv 1710.09829.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        length: int,
+        classes: int,
+        primary: int = 8,
+        dim: int = 8,
+        iterations: int = 3,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "length": length, "classes": classes, "primary": primary, "dim": dim}
+        for name, value in {**sizes, "iterations": iterations}.items():
+            check_positive(name, value)
+        self.channels, self.length, self.iterations = channels, length, iterations
+        self.primary = nn.Linear(channels, primary, device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.empty(length, classes, primary, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default in the linear layer; votes as large as the capsules that cast them."""
+        self.primary.reset_parameters()
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[2]))
+
+    def primary_capsules(self, x: Tensor) -> Tensor:
+        """The capsules of the steps, (N, length, primary); their lengths say which steps matter."""
+        check_input(x, self.channels, 1)
+        if x.shape[-1] != self.length:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}: capsules are for series of {self.length} steps; resample it"
+            )
+        return squash(self.primary(x.transpose(1, 2)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode and route."""
+        return dynamic_routing(self.primary_capsules(x), self.weight, self.iterations)
+
+
+SENTINEL2: dict[str, str] = {"green": "B3", "red": "B4", "edge": "B5", "nir": "B8", "narrow_nir": "B8A"}
+INDICES = ("ndvi", "wdvi", "lai_clair", "tcari", "osavi", "tcari_osavi")
+
+
+def vegetation_index(
+    name: str,
+    bands: Mapping[str, Tensor],
+    band_map: Mapping[str, str] | None = None,
+    *,
+    soil_slope: float = 1.0,
+    clair_alpha: float = 0.4,
+    wdvi_inf: float = 0.65,
+    clip: float = 1e-6,
+) -> Tensor:
+    """A vegetation index from reflectances.
+
+    | name | definition |
+    |------|------------|
+    | ndvi | (nir − red)/(nir + red) |
+    | wdvi | narrow_nir − soil_slope · red: 0 on bare soil |
+    | lai_clair | −ln(max(clip, 1 − wdvi/wdvi_inf))/clair_alpha: leaf area |
+    | tcari | 3·[(edge − red) − 0.2·(edge − green)·edge/red] |
+    | osavi | 1.16·(nir − red)/(nir + red + 0.16) |
+    | tcari_osavi | tcari/osavi: chlorophyll |
+
+    Args:
+        name: of the index.
+        bands: reflectances in 0 to 1 by band name, of one shape. Clouds and shadows make red vanish: clamp it first.
+        band_map: band name of "green", "red", "edge" (700 nm), "nir", "narrow_nir"; Sentinel-2's B3, B4, B5, B8, B8A
+            unless given.
+        soil_slope: of the soil line, near infrared over red; a constant of the scene.
+        clair_alpha, wdvi_inf: of the leaf area: extinction, and WDVI of a closed canopy.
+        clip: smallest argument of the logarithm.
+
+    Returns:
+        The index, of the bands' shape.
+
+    Raises:
+        ValueError: an unknown index, or a band that is missing.
+
+    Example:
+        >>> bands = {"B4": torch.tensor([0.1]), "B8": torch.tensor([0.3])}
+        >>> vegetation_index("ndvi", bands)
+        tensor([0.5000])
+
+    Reference: Clevers 1989 (WDVI, CLAIR), Haboudane 2002 (TCARI), Rondeaux 1996 (OSAVI); used in arXiv 2306.17207.
+    """
+    check_choice("name", name, INDICES)
+    places = {**SENTINEL2, **(band_map or {})}
+
+    def band(role: str) -> Tensor:
+        if places[role] not in bands:
+            raise ValueError(f"bands={sorted(bands)}: {name} needs {places[role]} ({role}); give it or a band_map")
+        return bands[places[role]]
+
+    def index(other: str) -> Tensor:
+        options: dict[str, float] = {"soil_slope": soil_slope, "clair_alpha": clair_alpha, "wdvi_inf": wdvi_inf}
+        return vegetation_index(other, bands, band_map, **options, clip=clip)
+
+    if name == "ndvi":
+        return (band("nir") - band("red")) / (band("nir") + band("red"))
+    if name == "wdvi":
+        return band("narrow_nir") - soil_slope * band("red")
+    if name == "lai_clair":
+        return -torch.log((1 - index("wdvi") / wdvi_inf).clamp(min=clip)) / clair_alpha
+    if name == "tcari":
+        edge, red = band("edge"), band("red")
+        return 3 * ((edge - red) - 0.2 * (edge - band("green")) * edge / red)
+    if name == "osavi":
+        return 1.16 * (band("nir") - band("red")) / (band("nir") + band("red") + 0.16)
+    return index("tcari") / index("osavi")
