@@ -1,0 +1,1 @@
+"""Networks that generate images, and how their predictions are guided."""
