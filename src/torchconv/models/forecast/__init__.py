@@ -1,0 +1,1 @@
+"""Forecasts of fields on a grid."""
