@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case
-from torchconv.models.classify.terminator import SFNEBlock, Terminator, convert_official
+from torchconv.models.classify.terminator import Terminator, convert_official
+from torchconv.models.classify.terminator_block import SFNEBlock
 from torchconv.ops._slow_net import LocalSlowNet, SlowNet
 from torchconv.ops.terminator_units import GIBS, RGU, HyperChannelInteract, HyperInteract, LocalConv, slow_neural_loss
 from torchconv.training.kar import Kar

@@ -48,6 +48,14 @@ def renormalise(z: Tensor, alpha: float = 1.0, beta: float = 0.1, detach: bool =
     return alpha * (z.detach() if detach else z) + beta * F.normalize(z, dim=-1)
 
 
+def plane_at(plane: Tensor, size: Sequence[int]) -> Tensor:
+    """A learned plane (1, 1, \\*) at another size, interpolated linearly with the corners kept."""
+    if tuple(plane.shape[2:]) == tuple(size):
+        return plane
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return F.interpolate(plane, tuple(size), mode=mode, align_corners=True)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """At least single precision: half of it has too few bits for the phase of a sine."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -155,13 +163,6 @@ class KernelNet(nn.Module):
         assert plane is not None
         return plane
 
-    def _plane_at(self, size: tuple[int, ...]) -> Tensor:
-        plane = _wide(self._plane())
-        if size != self.size:
-            mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-            plane = F.interpolate(plane, size, mode=mode, align_corners=True)
-        return plane.flatten(2)
-
     def forward(self, context: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
         """The kernel (N, out_channels, \\*size).
 
@@ -171,10 +172,11 @@ class KernelNet(nn.Module):
         """
         size = self.size if size is None else tuple(size)
         weight = self.output_linear.weight
-        with torch.autocast(weight.device.type, enabled=False):
+        kind = weight.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             dtype = torch.promote_types(weight.dtype, torch.float32)
             c = coordinates(size, weight.device, dtype)[None]
-            plane = self._plane_at(size)
+            plane = plane_at(_wide(self._plane()), size).flatten(2)
             s: Tensor | None = None
             if context is not None:
                 s = F.gelu(_point(self.fast_fc1, _point(self.fast_reduce, context.to(dtype).flatten(2))))
@@ -300,8 +302,11 @@ class FrozenKernel(nn.Module):
         super().__init__()
         self.register_buffer("kernel", kernel.detach().clone())
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
-        """The kernel, whatever ``x``."""
+    def forward(self, of: Any = None) -> Tensor:
+        """The kernel, whatever the input; another size than its own is refused."""
+        if of is not None and not isinstance(of, Tensor) and tuple(of) != tuple(self.kernel.shape[2:]):
+            own = tuple(self.kernel.shape[2:])
+            raise ValueError(f"size={tuple(of)}: the frozen kernel has size {own}; use the network before merge()")
         return self.kernel
 
 

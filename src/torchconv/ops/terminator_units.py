@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.ops._common import CONV, conv_nd
-from torchconv.ops._slow_net import SlowNet
+from torchconv.ops._slow_net import SlowNet, plane_at
 
 BATCH_STATS = ("batch", "running")
 
@@ -143,14 +143,11 @@ class HyperInteract(nn.Module):
 
     Args:
         channels: C.
-        size: of the map, one number an axis.
+        size: of the map, one number an axis; at other sizes the spatial kernel is drawn anew.
         channel_hidden, spatial_hidden, channel_layers, spatial_layers, omega_0: of the slow nets.
 
     Shape:
-        y, x: (N, C, \\*size) → the same.
-
-    Raises:
-        ValueError: maps of another size.
+        y, x: (N, C, \\*spatial) → the same.
 
     Reference: arXiv 2401.17948.
     """
@@ -177,10 +174,8 @@ class HyperInteract(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale ``x`` by the gate of ``y``."""
-        if tuple(y.shape[2:]) != self.size:
-            raise ValueError(f"y of shape {tuple(y.shape)}: the spatial kernel is for maps of {self.size}")
         channel = _spread(hyperzzw(self.slow_net_gc(), _means(y)), y.dim() - 2)
-        spatial = hyperzzw(self.slow_net_gs(), y.mean(1, keepdim=True))
+        spatial = hyperzzw(self.slow_net_gs(y.shape[2:]), y.mean(1, keepdim=True))
         return x * torch.sigmoid(spatial * channel)
 
 
@@ -197,10 +192,10 @@ class RGU(nn.Module):
 
     Args:
         channels: C.
-        size: of the map, one number an axis.
+        size: of the map, one number an axis; for other sizes b is interpolated.
 
     Shape:
-        (N, C, \\*size) → the same.
+        (N, C, \\*spatial) → the same.
 
     Reference: arXiv 2401.17948.
     """
@@ -219,7 +214,7 @@ class RGU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit."""
         gated = self.fast_linear_k(x) * self.fast_linear_q(self.fast_linear_v(x))
-        y: Tensor = self.fast_linear_y(F.gelu(standardise(gated)) + self.fast_bias_p)
+        y: Tensor = self.fast_linear_y(F.gelu(standardise(gated)) + plane_at(self.fast_bias_p, x.shape[2:]))
         return y
 
 
