@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchconv._common import write_json
 from torchconv.kernels import _depthwise_forms as forms
-from torchconv.kernels import depthwise, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
+from torchconv.kernels import _depthwise_run as run
+from torchconv.kernels import _depthwise_tune as tune
+from torchconv.kernels import autotune, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
+from torchconv.kernels._depthwise_plan import Plan, geometry
 
 CONV = (None, F.conv1d, F.conv2d, F.conv3d)
 DEPTHWISE = (None, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d)
@@ -74,15 +81,15 @@ def test_forms_only_the_estimate_combines(problem, tile, last):
     if last and ndim > 1:
         x = x.detach().contiguous(memory_format=forms.channels_last_format(ndim)).requires_grad_()
     expected = results(lambda x, w, b: CONV[ndim](x, w, b, stride, padding, dilation, x_shape[1]), (x, w, b))
-    signature = (x_shape, w_shape, stride, padding, dilation, "float64", last, (True, True), "fft", 1)
-    plan = depthwise._plan(*signature)
+    geo = geometry(x_shape, w_shape, stride, padding, dilation)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "_FFT_WHOLE", tile)
         patch.setattr(forms, "_FFT_BLOCK", tile)
         patch.setattr(forms, "_MATRIX_BLOCK", tile)
+        patch.setattr(forms, "_SCRATCH", tile)
         for chosen in (("fft", "fft", "fft"), ("padded", "flipped", "correlate"), ("matmul", "fft", "matmul")):
-            other = depthwise.Plan(plan.geo, *chosen)
-            assert_close(results(lambda *a: depthwise._Depthwise.apply(*a, other), (x, w, b)), expected, 1e-9)  # noqa: B023
+            plan = Plan(geo, *chosen)
+            assert_close(results(lambda *a: run.Depthwise.apply(*a, plan, "fft"), (x, w, b)), expected, 1e-9)  # noqa: B023
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -184,25 +191,112 @@ def test_same_bits_each_time(backend):
 
 
 class Layer(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, kernel=13, backend="auto"):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(8, 1, 13, 13, generator=torch.Generator().manual_seed(0)))
+        weight = torch.randn(8, 1, kernel, kernel, generator=torch.Generator().manual_seed(0))
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(torch.ones(8))
+        self.backend = backend
 
     def forward(self, x):
-        return depthwise_conv2d(x, self.weight, None, 1, 6)
+        return depthwise_conv2d(x, self.weight, self.bias, 1, "same", backend=self.backend)
 
 
-def test_compilers_exporters_and_tracers_see_one_convolution():
+def test_exporters_and_tracers_see_one_convolution():
     layer, x = Layer(), torch.randn(2, 8, 14, 14, generator=torch.Generator().manual_seed(1))
-    expected = F.conv2d(x, layer.weight, padding=6, groups=8)
-    exported = torch.export.export(layer, (x,))
-    assert sum("conv2d" in str(node.target) for node in exported.graph.nodes) == 1
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    traced, graph = torch.jit.trace(layer, x), torch.fx.symbolic_trace(layer)
-    for function in (exported.module(), compiled, traced, graph):
+    expected = F.conv2d(x, layer.weight, layer.bias, padding=6, groups=8)
+    for strict in (False, True):
+        batch = torch.export.Dim("batch")
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},), strict=strict)
+        assert [n.target for n in exported.graph.nodes if n.op == "call_function"] == [torch.ops.aten.conv2d.default]
+        assert_close([exported.module()(x)], [expected], 1e-4)
+    for function in (torch.jit.trace(layer, x), torch.fx.symbolic_trace(layer)):
         assert_close([function(x)], [expected], 1e-4)
-    compiled(x).sum().backward()
-    assert layer.weight.grad is not None
+
+
+def compiled(layer, **options):
+    """The layer compiled whole, and the names of the operators its graphs call."""
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    return torch.compile(layer, fullgraph=True, backend=backend, **options), seen
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_compilers_keep_the_fast_forms(dynamic, last):
+    layer = Layer(kernel=15 if dynamic else 8)
+    function, seen = compiled(layer, dynamic=dynamic)
+    for size in (15, 18):
+        x = torch.randn(2, 8, size, size, generator=torch.Generator().manual_seed(1))
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        x.requires_grad_()
+        wanted = (x, layer.weight, layer.bias)
+        out, expected = function(x), F.conv2d(x, layer.weight, layer.bias, padding="same", groups=8)
+        assert out.stride() == expected.stride()
+        g = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+        got, right = (torch.autograd.grad(y, wanted, g) for y in (out, expected))
+        assert_close([out, *got], [expected, *right], 1e-4)
+    assert "torchconv.depthwise.default" in seen
+    assert "torchconv.depthwise_gradients.default" in seen
+    assert not any("convolution" in name for name in seen)
+
+
+def test_compilers_keep_pytorch_where_nothing_is_to_be_won():
+    layer, x = Layer(kernel=3), torch.randn(2, 8, 9, 9)
+    function, seen = compiled(layer)
+    assert_close([function(x)], [layer(x)], 1e-5)
+    assert not any("torchconv" in name for name in seen)
+    function, seen = compiled(Layer(kernel=7))
+    with torch.no_grad():
+        function(x)
+    assert not any("torchconv" in name for name in seen)
+    function, seen = compiled(Layer(backend="native"))
+    function(x)
+    assert not any("torchconv" in name for name in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_under_autocast(dtype):
+    layer, x = Layer(), torch.randn(2, 8, 14, 14)
+    function, seen = compiled(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = function(x.to(dtype)), layer(x.to(dtype))
+    assert got.dtype == expected.dtype == torch.bfloat16
+    assert "torchconv.depthwise.default" in seen
+    assert_close([got], [expected], 5e-2)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_operators_are_sound(ndim):
+    """PyTorch's own checks: schema, shapes for compilers, gradients, tracing with fixed and symbolic sizes."""
+    x, w, b = tensors((2, 2, *((9,), (5, 4), (3, 3, 4))[ndim - 1]), (2, 1, *((4,), (2, 3), (2, 1, 3))[ndim - 1]))
+    sizes = [2] * ndim, [1] * ndim, [1] * ndim
+    torch.library.opcheck(run.OUTPUT, (x, w, b, *sizes, "auto"))
+    g = torch.ones_like(run.OUTPUT(x, w, b, *sizes, "auto")).requires_grad_()
+    torch.library.opcheck(run.GRADIENTS, (g.detach().requires_grad_(), x, w, *sizes, True, True, "fft"))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_gradients_of_the_operators(needs):
+    x, w, b = tensors((1, 2, 4, 3), (2, 1, 2, 3))
+
+    def output(x, w, b):
+        return run.OUTPUT(x, w, b, [1, 2], [1, 1], [2, 1], "auto")
+
+    def gradients(g, x, w):
+        return [t for t in run.GRADIENTS(g, x, w, [1, 2], [1, 1], [2, 1], *needs, "auto") if t.numel()]
+
+    assert torch.autograd.gradcheck(output, (x, w, b))
+    g = torch.ones_like(output(x, w, b)).detach().requires_grad_()
+    assert torch.autograd.gradcheck(gradients, (g, x, w))
+    assert torch.autograd.gradgradcheck(gradients, (g, x, w))
 
 
 def test_operations_are_counted_as_a_convolution():
@@ -253,3 +347,109 @@ def test_integers_are_exact():
 def test_refuses(x, w, options, message):
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(x), torch.zeros(w), **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "fft"])
+def test_refuses_mixtures_instead_of_guessing(backend):
+    x, w = torch.randn(1, 4, 20, 20), torch.randn(4, 1, 17, 17)
+    with pytest.raises(ValueError, match="bias"):
+        depthwise_conv2d(x, w, torch.zeros(1), padding=8, backend=backend)
+    for other in ((x.double(), w, None), (x, w.half(), None), (x, w, torch.zeros(4, dtype=torch.float64))):
+        with pytest.raises(RuntimeError, match="type"):
+            depthwise_conv2d(*other, padding=8, backend=backend)
+    for shape in ((1, 4, 0, 20), (1, 4, 0, 0)):
+        with pytest.raises((ValueError, RuntimeError)):
+            depthwise_conv2d(torch.zeros(shape), w, padding=9, backend=backend)
+    with pytest.raises(ValueError, match=r"weight\.shape"):
+        depthwise_conv2d(torch.zeros(1, 0, 8, 8), torch.zeros(0, 1, 3, 3), backend=backend)
+
+
+def test_triton_needs_a_device():
+    with pytest.raises(ValueError, match="backend"):
+        depthwise_conv2d(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), backend="triton")
+    with pytest.raises(ValueError, match="backend"):
+        depthwise_conv2d(torch.zeros(1, 1, 4, 4).double(), torch.zeros(1, 1, 3, 3).double(), backend="triton")
+
+
+@pytest.fixture
+def tuning(tmp_path):
+    file = tmp_path / "cache" / "depthwise.json"
+    autotune(True, file)
+    yield file
+    autotune(False)
+
+
+def measured(patch):
+    """Which forms are timed from now on."""
+    seen, measure = [], tune._measure
+    patch.setattr(tune, "_measure", lambda names, *a: seen.extend(names) or measure(names, *a))
+    return seen
+
+
+def test_autotuning_measures_once_and_remembers(tuning, monkeypatch):
+    seen = measured(monkeypatch)
+    inputs = tensors((2, 4, 12, 12), (4, 1, 9, 9), torch.float32)
+
+    def ours(x, w, b):
+        return depthwise_conv2d(x, w, b, padding=4)
+
+    expected = results(lambda *a: F.conv2d(*a, padding=4, groups=4), inputs)
+    assert_close(results(ours, inputs), expected, 1e-4)
+    assert {name[0] for name in seen} == {"y", "x", "w"}
+    ((machine, problems),) = json.loads(tuning.read_text()).items()
+    assert torch.__version__ in machine
+    assert set(next(iter(problems.values()))) == set(seen)
+    seen.clear()
+    autotune(True, tuning)  # as a new process
+    assert_close(results(ours, inputs), expected, 1e-4)
+    assert not seen
+    with torch.no_grad():
+        depthwise_conv2d(inputs[0][:1], inputs[1], padding=4)
+    assert {name[0] for name in seen} == {"y"}
+    assert [len(p) for p in json.loads(tuning.read_text()).values()] == [2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1, 2]", '{"m": 3}', '{"m": {"p": {"y:fft": "fast", "z": 1, "y:native": NaN}}}', "[" * 20000],
+)
+def test_autotuning_distrusts_the_file(tuning, content):
+    tuning.parent.mkdir()
+    tuning.write_text(content)
+    x, w = torch.randn(2, 4, 12, 12), torch.randn(4, 1, 9, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = depthwise_conv2d(x, w, padding=4)
+    assert_close([got], [F.conv2d(x, w, padding=4, groups=4)], 1e-4)
+    assert json.loads(tuning.read_text())
+
+
+def test_autotuning_takes_the_fastest_of_the_file(tuning):
+    geo = geometry((2, 4, 12, 12), (4, 1, 9, 9), 1, 4, 1)
+    names = ("native", "padded", "channels_last", "fft", "matmul")
+    times = {f"y:{name}": 2.0 for name in names} | {"y:matmul": 1.0}
+    write_json(tuning, {tune._machine(1): {tune._problem(geo, "float32", False): times}})
+    assert tune.choose(geo, "float32", False, (False, False), 1) == ("matmul", "native", "native")
+
+
+def test_autotuning_without_a_place_to_write(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    autotune(True, blocked / "depthwise.json")
+    try:
+        with pytest.warns(UserWarning, match="cannot be written|not readable"):
+            depthwise_conv2d(torch.zeros(1, 2, 9, 9), torch.zeros(2, 1, 7, 7), padding=3)
+    finally:
+        autotune(False)
+
+
+@given(problem=problems(), last=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_recording_gradients_does_not_change_the_output(problem, last, dtype):
+    ndim, x_shape, w_shape, stride, padding, dilation = problem
+    x, w, b = tensors(x_shape, w_shape, dtype)
+    if last and ndim > 1:
+        x = x.detach().contiguous(memory_format=forms.channels_last_format(ndim)).requires_grad_()
+    recorded = DEPTHWISE[ndim](x, w, b, stride, padding, dilation)
+    with torch.no_grad():
+        assert torch.equal(DEPTHWISE[ndim](x, w, b, stride, padding, dilation), recorded)

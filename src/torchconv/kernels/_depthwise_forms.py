@@ -296,8 +296,10 @@ def fft_gradients(g: Tensor, x: Tensor, w: Tensor, geo: Geometry, mask: tuple[bo
         if dw is not None:
             other = torch.fft.rfftn(_tiled(x[:, block], geo.padding, lengths, steps, tiles), dim=axes)
             other = other.reshape(other.shape[:2] + spectrum.shape[2:]) if whole else other
-            other.mul_(spectrum.conj())
+            # Conjugated in memory: a lazy conj() is lost inside an operator that a compiled graph calls.
+            other.conj_physical_().mul_(spectrum)
             total = other.sum((0, *range(2, 2 + geo.ndim))) if not whole else other.sum(0)
+            total.conj_physical_()
             dw[block, 0] = torch.fft.irfftn(total, s=lengths, dim=axes)[taps]
         if dx is not None and whole:
             spectrum.mul_(torch.fft.rfftn(wide[block], s=lengths, dim=axes))

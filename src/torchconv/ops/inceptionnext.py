@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check
 from torchconv.catalog import part
+from torchconv.kernels import inception_conv
 from torchconv.ops._common import (
     CONV,
     Padding,
@@ -31,7 +32,6 @@ from torchconv.ops._common import (
     check_input,
     check_same,
     check_unit,
-    conv_nd,
     dilate_kernel,
     make_conv,
     ntuple,
@@ -44,6 +44,8 @@ def inception_depthwise(
     biases: Sequence[Tensor | None] | None = None,
     dilation: Size = 1,
     inplace: bool = False,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Depthwise kernels of several shapes on the last channels, the identity on the ones before.
 
@@ -58,12 +60,14 @@ def inception_depthwise(
         dilation: distance of the taps, int or one per axis; has no effect on axes where a kernel has one tap.
         inplace: where no gradient is recorded, overwrite the convolved channels of ``x`` and return ``x``: the identity
             channels are then neither read nor written. Ignored while gradients are recorded.
+        backend: "auto" computes the layer in one launch on a GPU, "triton" insists on that, "native" never does.
 
     Shape:
         (N, C, \\*spatial) → the same.
 
     Raises:
-        ValueError: the kernels ask for more channels than ``x`` has, or the number of biases differs.
+        ValueError: the kernels ask for more channels than ``x`` has, the number of biases differs, or ``backend`` is
+            unknown or cannot take ``x``.
 
     Example:
         >>> x = torch.arange(12.0).reshape(1, 3, 2, 2)
@@ -74,23 +78,13 @@ def inception_depthwise(
     """
     if not weights:
         return x
-    biases = [None] * len(weights) if biases is None else biases
-    check(len(biases) == len(weights), "biases", len(biases), f"give one for each of the {len(weights)} kernels")
-    widths = [w.shape[0] for w in weights]
-    rest = x.shape[1] - sum(widths)
-    check(rest >= 0, "weights", widths, f"together they need more channels than the {x.shape[1]} of x")
-    passed, *pieces = torch.split(x, [rest, *widths], dim=1)
-    outputs = (
-        conv_nd(piece, w, b, padding="same", dilation=dilation, groups=w.shape[0])
-        for piece, w, b in zip(pieces, weights, biases, strict=True)
-    )
     if inplace and not torch.is_grad_enabled():
-        for piece, y in zip(pieces, outputs, strict=True):
-            piece.copy_(y)
+        widths = [w.shape[0] for w in weights]
+        check(sum(widths) <= x.shape[1], "weights", widths, f"they need more channels than the {x.shape[1]} of x")
+        tail = x[:, x.shape[1] - sum(widths) :]
+        tail.copy_(inception_conv(tail, weights, biases, dilation, backend=backend))
         return x
-    # One concatenation is the cheapest form that autograd and compilers take: writing the branches into a clone or an
-    # empty map costs as much forward and about twice as much backward.
-    return torch.cat((passed, *outputs), dim=1)
+    return inception_conv(x, weights, biases, dilation, backend=backend)
 
 
 class _PartialDepthwise(nn.Module):

@@ -1,0 +1,97 @@
+"""Whether Triton kernels can be used on a device: each is tried once on a small problem before it is believed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def trustworthy(name: str, device: torch.device) -> bool:
+    """Triton is there, the device can run it, and the kernels ``name`` agree with PyTorch; tried once per device."""
+    if torch.compiler.is_compiling():
+        return _remembered(name, device.type, device.index)
+    return _tried(name, device.type, device.index)
+
+
+@torch.compiler.assume_constant_result
+def _remembered(name: str, kind: str, index: int | None) -> bool:
+    return _tried(name, kind, index)
+
+
+@lru_cache(maxsize=64)
+def _tried(name: str, kind: str, index: int | None) -> bool:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if importlib.util.find_spec("triton") is None or kind not in ("cuda", "cpu") or (kind == "cpu" and not interpreted):
+        return False
+    if interpreted:
+        return True  # the interpreter takes seconds where a device takes microseconds, and tests compare anyway
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return False  # matrix units with float32 sums for both half precisions
+    try:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            wrong = {"depthwise": _depthwise_error, "inception": _inception_error}[name](device)
+        problem = f"they differ from PyTorch's by {wrong:.2g}" if not wrong < 0.02 else ""
+    except Exception as error:  # whatever a compiler and a driver may say: there is another way
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(f"Triton's {name} kernels are not used on {device}: {problem}", stacklevel=3)
+    return not problem
+
+
+def _numbers(device: torch.device, *shape: int) -> Tensor:
+    count = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float32)
+    return (count * 0.7).sin().reshape(shape).to(torch.bfloat16)
+
+
+def _off(got: Tensor, expected: Tensor) -> float:
+    return float(((got.float() - expected.float()).abs().max() / expected.float().abs().max()).item())
+
+
+def _depthwise_error(device: torch.device) -> float:
+    """The largest relative error of the output and both gradients."""
+    from torchconv.kernels import _depthwise_forms as forms
+    from torchconv.kernels import _depthwise_triton as kernels
+    from torchconv.kernels._depthwise_plan import geometry
+
+    x, w = _numbers(device, 2, 3, 24, 24), _numbers(device, 3, 1, 13, 13)
+    geo = geometry(tuple(x.shape), tuple(w.shape), 1, 6, 1)
+    wide, kernel = x.float(), w.float()
+    dx, dw = forms.native_gradients(wide, wide, kernel, geo, (True, True))
+    pairs = (
+        (kernels.output(x, w, None, geo), forms.native(wide, kernel, None, geo)),
+        (kernels.gradient_x(x, w, geo), dx),
+        (kernels.gradient_w(x, x, geo), dw),
+    )
+    return max(_off(got, expected) for got, expected in pairs)
+
+
+def _inception_error(device: torch.device) -> float:
+    """The largest relative error of one layer with a square and a band, forward and backward."""
+    from torchconv.kernels import _depthwise_forms as forms
+    from torchconv.kernels import _inception_triton as kernels
+    from torchconv.kernels._depthwise_plan import geometry
+
+    x = _numbers(device, 2, 3, 12, 12)
+    shapes = ((1, (3, 3)), (1, (1, 7)))
+    weights = [_numbers(device, width, 1, *size) for width, size in shapes]
+    taps = torch.cat([w.flatten() for w in weights])
+    outputs, inner, outer = [x[:, :1]], [x[:, :1]], []
+    for c, w in enumerate(weights, start=1):
+        part, kernel = x[:, c : c + 1].float(), w.float()
+        geo = geometry(tuple(part.shape), tuple(w.shape), 1, tuple(k // 2 for k in w.shape[2:]), 1)
+        dx, dw = forms.native_gradients(part, part, kernel, geo, (True, True))
+        outputs.append(forms.native(part, kernel, None, geo))
+        inner.append(dx)
+        outer.append(dw.flatten())
+    pairs = (
+        (kernels.layer(x, taps, None, shapes, (1, 1)), torch.cat(outputs, 1)),
+        (kernels.layer(x, taps, None, shapes, (1, 1), backward=True), torch.cat(inner, 1)),
+        (kernels.gradient_taps(x, x, shapes, (1, 1)), torch.cat(outer)),
+    )
+    return max(_off(got, expected) for got, expected in pairs)
