@@ -1,0 +1,254 @@
+"""Fitting a kernel in tensor format to a dense one: by singular values where that is the best, else by tensorly.
+
+The forms are those of :mod:`torchconv.ops.apriori`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchconv._common import check, check_choice, require
+from torchconv.ops._common import check_channels
+from torchconv.ops._factored import FORMS, PASSES, dense_kernel, factor_shapes
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """Factors of a kernel and how well they fit.
+
+    Attributes:
+        form, rank, groups: what they are.
+        factors: tensors by name.
+        error: ‖W − W'‖ / ‖W‖, Frobenius.
+        parameters, dense_parameters: numbers stored in this form and in the dense one.
+    """
+
+    form: str
+    rank: int
+    groups: int
+    factors: dict[str, Tensor]
+    error: float
+    parameters: int
+    dense_parameters: int
+
+    def kernel(self) -> Tensor:
+        """The dense kernel they stand for."""
+        return dense_kernel(self.factors, self.form, self.groups)
+
+
+def factorise_kernel(
+    weight: Tensor, rank: int | None = None, energy: float | None = None, form: str = "sequential", groups: int = 1
+) -> Factorisation:
+    """Fit a form to a dense kernel.
+
+    Args:
+        weight: (out, in/groups, \\*k).
+        rank: R; or
+        energy: in (0, 1]: the least rank is taken whose factors hold this share of the squares of the kernel,
+            1 − error² ≥ energy (found by doubling and bisection). Exactly one of the two, except for depthwise_1d.
+        form: see :mod:`torchconv.ops.apriori`; "cp" and "tucker" need tensorly (extra ``surgery``).
+        groups: as in ``nn.ConvNd``.
+
+    Returns:
+        the factors in the dtype and on the device of ``weight``, with their error; computed in float64 on the CPU.
+
+    Raises:
+        ValueError: both or none of rank and energy are given, one is out of range, or the form cannot reach the energy.
+
+    Example:
+        >>> kernel = torch.randn(8, 4, 3, 3)
+        >>> found = factorise_kernel(kernel, rank=3, form="per_pair")
+        >>> found.error < 1e-6, found.parameters, found.dense_parameters
+        (True, 576, 288)
+
+    Reference: arXiv 2304.04964; the sequential form as in Jaderberg et al., arXiv 1405.3866, scheme 2.
+    """
+    check_choice("form", form, FORMS)
+    check(weight.dim() in (3, 4, 5), "weight", tuple(weight.shape), "expected (out, in/groups, *k), one to three k")
+    check_channels(weight.shape[1] * groups, weight.shape[0], groups)
+    exact = weight.detach().to("cpu", torch.float64)
+    if form == "depthwise_1d":
+        rank = 1 if rank is None and energy is None else rank
+    check((rank is None) != (energy is None), "rank", rank, f"give either rank or energy (energy={energy!r})")
+    norm = float(exact.norm()) or 1.0
+
+    def fit(rank: int) -> tuple[dict[str, Tensor], float]:
+        factors = fit_factors(exact, form, rank, groups)
+        return factors, float((dense_kernel(factors, form, groups) - exact).norm()) / norm
+
+    if rank is None:
+        assert energy is not None
+        check(0 < energy <= 1, "energy", energy, "must be in (0, 1]")
+        rank = _least_rank(lambda r: fit(r)[1], energy, full_rank(exact, form, groups), groups, form)
+    factors, error = fit(rank)
+    return Factorisation(
+        form,
+        rank,
+        groups,
+        {name: f.to(weight) for name, f in factors.items()},
+        error,
+        sum(f.numel() for f in factors.values()),
+        weight.numel(),
+    )
+
+
+def _least_rank(error: Callable[[int], float], energy: float, most: int, groups: int, form: str) -> int:
+    """The least rank with 1 − error² ≥ energy; in steps of ``groups`` where the form asks for it."""
+    step = groups if form == "sequential" else 1
+
+    def enough(rank: int) -> bool:
+        return bool(1 - error(rank * step) ** 2 >= energy - 1e-12)
+
+    most = -(-most // step)
+    low, high = 0, 1
+    while not enough(high):
+        if high >= most:
+            raise ValueError(f"energy={energy}: the {form} form reaches {1 - error(most * step) ** 2:.6f} at most")
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high * step
+
+
+def _padded(t: Tensor, axis: int, size: int) -> Tensor:
+    """Zeros behind ``axis`` up to ``size``: ranks above what the kernel has."""
+    extra = list(t.shape)
+    extra[axis] = size - t.shape[axis]
+    return t if extra[axis] <= 0 else torch.cat([t, t.new_zeros(extra)], axis)
+
+
+def _split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-``rank`` product of (…, a, b), the singular values shared evenly; (…, a, rank), (…, rank, b)."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    left, right = u[..., :rank] * root.unsqueeze(-2), vh[..., :rank, :] * root.unsqueeze(-1)
+    return _padded(left, -1, rank), _padded(right, -2, rank)
+
+
+def _fit_per_pair(weight: Tensor, rank: int) -> dict[str, Tensor]:
+    ndim = weight.dim() - 2
+    if ndim == 1:
+        return {"axis0": _padded(weight.unsqueeze(2), 2, rank)}
+    if ndim == 2:
+        left, right = _split(weight, rank)
+        return {"axis0": left.transpose(2, 3), "axis1": right}
+    # Singular vectors of the first axis against the other two, each again taken apart: orthogonal terms, of which the
+    # largest are kept. Not the best of that rank, but exact once all are kept, and one batched computation.
+    u, s, vh = torch.linalg.svd(weight.flatten(3), full_matrices=False)
+    planes = (s.unsqueeze(-1) * vh).reshape(*s.shape, *weight.shape[3:])
+    p, q, rh = torch.linalg.svd(planes, full_matrices=False)
+    strength = q.flatten(2)
+    kept = strength.argsort(dim=2, descending=True)[:, :, :rank]
+    inner = q.shape[3]
+
+    def pick(vectors: Tensor) -> Tensor:  # (out, in, terms, k) → the kept terms
+        return vectors.gather(2, kept.unsqueeze(3).expand(*kept.shape, vectors.shape[3]))
+
+    root = strength.gather(2, kept).unsqueeze(3) ** (1 / 3)
+    first = u.transpose(2, 3).repeat_interleave(inner, 2)
+    axes = (first, p.transpose(3, 4).flatten(2, 3), rh.flatten(2, 3))
+    return {f"axis{j}": _padded(pick(a) * root, 2, rank) for j, a in enumerate(axes)}
+
+
+def _fit_sequential(weight: Tensor, rank: int, groups: int) -> dict[str, Tensor]:
+    ndim = weight.dim() - 2
+    out, inner, *taps = weight.shape
+    rest = weight.reshape(groups, out // groups, inner, *taps)
+    # (groups, in, k_1, …, k_n, out): every pass takes the channels so far and its own axis from the front.
+    rest = rest.permute(0, 2, *range(3, 3 + ndim), 1)
+    names, factors, share = PASSES[ndim], {}, rank // groups
+    for number, name in enumerate(names[:-1]):
+        left, right = _split(rest.flatten(1, 2).flatten(2), share)
+        shape = [taps[j] if j == number else 1 for j in range(ndim)]
+        left = left.reshape(groups, rest.shape[1], taps[number], share).permute(0, 3, 1, 2)
+        factors[name] = left.reshape(rank, rest.shape[1], *shape)
+        rest = right.reshape(groups, share, *rest.shape[3:])
+    last = rest.movedim(-1, 1)  # (groups, out, rank, k_n), without k_n in one dimension
+    shape = [taps[j] if j == len(names) - 1 else 1 for j in range(ndim)]
+    factors[names[-1]] = last.reshape(out, share, *shape)
+    return factors
+
+
+def _fit_depthwise(weight: Tensor, groups: int) -> dict[str, Tensor]:
+    out, inner, *taps = weight.shape
+    # One tensor for each input channel, (groups · in, out, k_1, …), and its best rank-one product.
+    stack = weight.reshape(groups, out // groups, inner, *taps).transpose(1, 2).flatten(0, 1)
+    vectors = []
+    rest = stack
+    for _ in range(rest.dim() - 2):
+        left, right = _split(rest.flatten(2), 1)
+        vectors.append(left.squeeze(-1))
+        rest = right.reshape(-1, *rest.shape[2:])
+    vectors.append(rest)
+    for _ in range(30):  # alternating least squares, in turn for each vector
+        for j in range(len(vectors)):
+            product = stack
+            for i in reversed(range(len(vectors))):
+                if i != j:
+                    shape = [1] * (product.dim() - 1)
+                    shape[i] = -1
+                    product = (product * vectors[i].reshape(len(stack), *shape)).sum(i + 1)
+            norms = math.prod([v.square().sum(1) for i, v in enumerate(vectors) if i != j], start=stack.new_ones(1))
+            vectors[j] = product / norms.clamp(min=torch.finfo(stack.dtype).tiny).unsqueeze(1)
+    pointwise = vectors[0].reshape(groups, inner, out // groups).transpose(1, 2).reshape(out, inner)
+    return {f"axis{j}": v for j, v in enumerate(vectors[1:])} | {"pointwise": pointwise}
+
+
+def _fit_by_tensorly(weight: Tensor, rank: int, form: str) -> dict[str, Tensor]:
+    tensorly = require("tensorly", "surgery")
+    decomposition = require("tensorly.decomposition", "surgery")
+    array = weight.numpy()
+    with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
+        # Ranks above an axis' length are meant: the start is filled up with seeded random vectors.
+        warnings.filterwarnings("ignore", "Trying to compute SVD")
+        if form == "cp":
+            weights, found = decomposition.parafac(array, rank, n_iter_max=300, init="svd", tol=1e-9, random_state=0)
+            arrays = {"weights": weights} | {f"factor_{j}": f for j, f in enumerate(found)}
+        else:
+            ranks = [min(rank, n) for n in weight.shape[:2]]
+            found, _ = decomposition.partial_tucker(array, ranks, modes=[0, 1], n_iter_max=100, random_state=0)
+            core, (outputs, inputs) = found
+            arrays = {"core": core, "outputs": outputs, "inputs": inputs}
+    return {name: torch.as_tensor(a, dtype=weight.dtype) for name, a in arrays.items()}
+
+
+def fit_factors(weight: Tensor, form: str, rank: int, groups: int) -> dict[str, Tensor]:
+    """Factors of ``weight`` (float64, on the CPU) at one rank.
+
+    per_pair in one and two dimensions, sequential in one and two: the best there is, by singular values. The others:
+    good ones (orthogonal terms, successive singular values, alternating least squares).
+    """
+    factor_shapes(form, weight.shape[0], weight.shape[1] * groups, weight.shape[2:], rank, groups)
+    if form == "per_pair":
+        return _fit_per_pair(weight, rank)
+    if form == "sequential":
+        return _fit_sequential(weight, rank, groups)
+    if form == "depthwise_1d":
+        return _fit_depthwise(weight, groups)
+    return _fit_by_tensorly(weight, rank, form)
+
+
+def full_rank(weight: Tensor, form: str, groups: int) -> int:
+    """A rank at which the form can represent every kernel of this shape (1 for depthwise_1d, which never can)."""
+    out, inner, *taps = weight.shape
+    if form == "per_pair":
+        return math.prod(sorted(taps)[:-1])
+    if form == "cp":
+        sizes = sorted((out, inner, *taps))
+        return math.prod(sizes[:-1])
+    if form == "tucker":
+        return max(out, inner)
+    if form == "depthwise_1d":
+        return 1
+    within, needed = inner, 1
+    for number in range(len(PASSES[len(taps)]) - 1):
+        within = min(within * taps[number], math.prod(taps[number + 1 :]) * (out // groups))
+        needed = max(needed, within)
+    return needed * groups
