@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torchconv._common import check, check_choice, check_positive
-from torchconv.catalog import part
 
 Array = NDArray[np.float64]
 Source = Callable[[float], Array]
@@ -220,13 +219,6 @@ def wave_energy(u: Array, v: Array, c: float = 1.0, mass: str = "consistent") ->
     return energy
 
 
-@part(
-    "waves",
-    paper="apriori",
-    kind="data",
-    dims=(2,),
-    keywords="wave equation simulator physics surrogate finite differences finite elements Newmark leapfrog",
-)
 def wave_trajectories(
     count: int,
     n: int = 64,
