@@ -178,6 +178,7 @@ class DilatedReparamConv(nn.Module):
     """
 
     ndim: ClassVar[int] = 0
+    table: ClassVar[dict[int, tuple[tuple[int, int], ...]]] = BRANCHES
     branches: tuple[tuple[int, int], ...]
 
     def __init__(
@@ -200,16 +201,16 @@ class DilatedReparamConv(nn.Module):
         check_depthwise(in_channels, out_channels, groups, name)
         sizes = ntuple("kernel_size", kernel_size, self.ndim)
         size = sizes[0]
-        near = sorted(k for k in BRANCHES if abs(k - size) == min(abs(j - size) for j in BRANCHES))
-        remedy = f"{name} has branches for {', '.join(map(str, BRANCHES))}; use {' or '.join(map(str, near))}"
-        check(size in BRANCHES, "kernel_size", kernel_size, remedy)
+        near = sorted(k for k in self.table if abs(k - size) == min(abs(j - size) for j in self.table))
+        remedy = f"{name} has branches for {', '.join(map(str, self.table))}; use {' or '.join(map(str, near))}"
+        check(size in self.table, "kernel_size", kernel_size, remedy)
         check(len(set(sizes)) == 1, "kernel_size", kernel_size, f"{name} needs the same size on every axis")
         check_unit("stride", stride, self.ndim, name, "follow it with a pooling or a strided convolution")
         check_unit("dilation", dilation, self.ndim, name, "choose a larger kernel_size")
         check_same(padding, sizes, name)
         self.in_channels = self.out_channels = self.groups = in_channels
         self.kernel_size, self.padding, self.deploy = sizes, padding, deploy
-        self.branches = () if deploy else BRANCHES[size]
+        self.branches = () if deploy else self.table[size]
         options = {"groups": in_channels, "device": device, "dtype": dtype}
         conv, norm = CONV[self.ndim], BATCH_NORM[self.ndim]
         self.lk_origin = conv(in_channels, in_channels, size, padding=size // 2, bias=bool(bias) and deploy, **options)
