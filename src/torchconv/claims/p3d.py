@@ -26,7 +26,7 @@ def run(budget: str, progress: Progress) -> Evidence:
     import torch
 
     quick = budget == "quick"
-    seeds, steps = (3, 300) if quick else (8, 800)
+    seeds, steps = (3, 200) if quick else (8, 800)
     kinds = ("mixed", "frames", "full 3-D", *(() if quick else "ABC"))
     x, y = _clips(512, torch.Generator().manual_seed(12345))
     accuracy: dict[str, list[float]] = {kind: [] for kind in kinds}
