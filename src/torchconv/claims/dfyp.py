@@ -17,9 +17,9 @@ KINDS = ("both", "attention only", "operator only", "neither")
     says="Spectral channel attention and adaptive edge operators in front of a convolutional network predict crop "
     "yields better than the network alone.",
     source="arXiv 2507.05849, abstract and ablation",
-    experiment="Generated histograms of 9 bands, 32 dates and 32 bins: the yield is the height of a season seen through "
-    "9 noisy bands, plus a yearly trend; 8 years of 60 counties for training, 120 counties of the next year for "
-    "testing. Maximum attention and the learned operator blended in (ω learned), three convolution blocks (24, "
+    experiment="Generated histograms of 9 bands, 32 dates and 32 bins: the yield is the height of a season seen "
+    "through 9 noisy bands, plus a yearly trend; 8 years of 60 counties for training, 120 counties of the next year "
+    "for testing. Maximum attention and the learned operator blended in (ω learned), three convolution blocks (24, "
     "32, 48), linear; with both, with one of them, with neither. Effect: how much smaller the error of the "
     "network with both is than with neither, in per cent of the latter, paired over seeds.",
 )
