@@ -61,6 +61,7 @@ class P3DBottleneck(nn.Module):
         ValueError: an argument is out of range, or the shortcut needs a convolution.
 
     Example:
+        >>> import torch
         >>> P3DBottleneck(8, 2, form="B")(torch.zeros(1, 8, 4, 5, 5)).shape
         torch.Size([1, 8, 4, 5, 5])
 
@@ -173,6 +174,7 @@ class P3D(Backbone):
         ValueError: an argument is out of range, or the clip is too short; the message names it.
 
     Example:
+        >>> import torch
         >>> net = P3D((1, 1, 1, 1), num_classes=5, width=4)
         >>> net(torch.zeros(2, 3, 16, 32, 32)).shape
         torch.Size([2, 5])
