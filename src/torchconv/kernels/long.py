@@ -10,7 +10,7 @@ whose transform would not fit, run by overlap-add.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torchconv.kernels._long_monarch import monarch
 
 BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
 _FEW_TAPS = 16  # up to which the dot products of F.conv1d are faster than transforms
+_PLAIN = (Tensor, torch.nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -170,17 +171,23 @@ def _settled(
     return kernel if kernel.dim() == 3 else kernel.unsqueeze(0), origin
 
 
+class Spectrum(NamedTuple):
+    """A kernel's transform ``values`` (M, C, n), complex, and what it was made for."""
+
+    values: Tensor
+    length: int
+    taps: int
+    origin: int
+
+
 def long_conv_spectrum(
     kernel: Tensor, length: int, causal: bool = True, origin: int | None = None, skip: Tensor | None = None
-) -> Tensor:
+) -> Spectrum:
     """The kernel's transform for inputs of one length, to be made once and given to :func:`long_conv`.
 
     Args:
         kernel, causal, origin, skip: as in :func:`long_conv`.
         length: L of the inputs, at least 1.
-
-    Shape:
-        (C, K) → (1, C, n), (M, C, K) → (M, C, n), complex.
 
     Raises:
         ValueError: shapes do not fit or an argument is out of range.
@@ -193,9 +200,11 @@ def long_conv_spectrum(
     """
     check_positive("length", length)
     kernel, origin = _settled(kernel, None, causal, origin, skip)
-    first, beyond = forms.trimmed(length, kernel.shape[2], origin)
+    taps = kernel.shape[2]
+    first, beyond = forms.trimmed(length, taps, origin)
     wide = kernel[..., first:beyond].to(_compute_type(kernel, kernel))
-    return torch.fft.rfft(wide, forms.transform_length(length, beyond - first, origin - first))
+    values = torch.fft.rfft(wide, forms.transform_length(length, beyond - first, origin - first))
+    return Spectrum(values, length, taps, origin)
 
 
 def _check_input(x: Tensor, kernel: Tensor, skip: Tensor | None) -> None:
@@ -222,7 +231,7 @@ def long_conv(
     origin: int | None = None,
     skip: Tensor | None = None,
     *,
-    spectrum: Tensor | None = None,
+    spectrum: Spectrum | None = None,
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -255,7 +264,7 @@ def long_conv(
         ValueError: shapes, devices or types do not fit, or an argument is out of its range.
 
     Example:
-        >>> long_conv(torch.arange(4.0).reshape(1, 1, 4), torch.ones(1, 100))
+        >>> long_conv(torch.arange(4.0).reshape(1, 1, 4), torch.ones(1, 3))
         tensor([[[0., 1., 3., 6.]]])
 
     Reference: arXiv 2302.06646 and arXiv 2210.09298.
@@ -269,24 +278,22 @@ def long_conv(
     if backend == "auto":
         backend = "native" if kernel.shape[2] <= _FEW_TAPS and chunk is None and spectrum is None else "fft"
     record = torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad)
-    if spectrum is not None:
-        spectrum = _checked_spectrum(spectrum, x, kernel, origin)
-        spectrum = None if record or backend != "fft" else spectrum
+    known = None if spectrum is None else _checked_spectrum(spectrum, x, kernel, origin)
+    known = None if record or backend != "fft" else known
     if backend in ("native", "reference") or in_ordinary_operators():
         y = _seen_through(x, kernel, origin, backend)
-    else:
-        y = OUTPUT(x, kernel, origin, chunk or 0, backend, spectrum)
+    elif record or torch.compiler.is_compiling() or type(x) not in _PLAIN or type(kernel) not in _PLAIN:
+        y = OUTPUT(x, kernel, origin, chunk or 0, backend, known)
+    else:  # without the dispatcher, which takes longer than a short transform
+        y = _output(x, kernel, origin, chunk or 0, backend, known)
     return y.squeeze(1) if single else y
 
 
-def _checked_spectrum(spectrum: Tensor, x: Tensor, kernel: Tensor, origin: int) -> Tensor:
-    first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
-    n = forms.transform_length(x.shape[2], beyond - first, origin - first)
-    shape = (*kernel.shape[:2], n // 2 + 1)
-    if tuple(spectrum.shape) != shape or not spectrum.is_complex():
-        got = f"spectrum of shape {tuple(spectrum.shape)} and type {spectrum.dtype}"
-        raise ValueError(f"{got}: expected complex {shape}; make it by long_conv_spectrum for L = {x.shape[2]}")
-    return spectrum
+def _checked_spectrum(spectrum: Spectrum, x: Tensor, kernel: Tensor, origin: int) -> Tensor:
+    made, needed = spectrum[1:], (x.shape[2], kernel.shape[2], origin)
+    remedy = f"(length, taps, origin) are {needed} here; make it by long_conv_spectrum with the same arguments"
+    check(made == needed and spectrum.values.shape[:2] == kernel.shape[:2], "spectrum", made, remedy)
+    return spectrum.values
 
 
 def _seen_through(x: Tensor, kernel: Tensor, origin: int, backend: str) -> Tensor:
