@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchconv._common import write_json
 from torchconv.kernels import _depthwise_forms as forms
+from torchconv.kernels import _depthwise_matrix as matrix
 from torchconv.kernels import _depthwise_run as run
 from torchconv.kernels import _depthwise_tune as tune
 from torchconv.kernels import autotune, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
@@ -85,9 +86,15 @@ def test_forms_only_the_estimate_combines(problem, tile, last):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "_FFT_WHOLE", tile)
         patch.setattr(forms, "_FFT_BLOCK", tile)
-        patch.setattr(forms, "_MATRIX_BLOCK", tile)
+        patch.setattr(matrix, "_MATRIX_BLOCK", tile)
         patch.setattr(forms, "_SCRATCH", tile)
-        for chosen in (("fft", "fft", "fft"), ("padded", "flipped", "correlate"), ("matmul", "fft", "matmul")):
+        patch.setattr(forms, "_IMAGES", tile)
+        for chosen in (
+            ("fft", "fft", "fft"),
+            ("padded", "flipped", "correlate"),
+            ("native", "flipped", "fft"),
+            ("matmul", "fft", "matmul"),
+        ):
             plan = Plan(geo, *chosen)
             assert_close(results(lambda *a: run.Depthwise.apply(*a, plan, "fft"), (x, w, b)), expected, 1e-9)  # noqa: B023
 
@@ -450,6 +457,8 @@ def test_recording_gradients_does_not_change_the_output(problem, last, dtype):
     x, w, b = tensors(x_shape, w_shape, dtype)
     if last and ndim > 1:
         x = x.detach().contiguous(memory_format=forms.channels_last_format(ndim)).requires_grad_()
-    recorded = DEPTHWISE[ndim](x, w, b, stride, padding, dilation)
-    with torch.no_grad():
-        assert torch.equal(DEPTHWISE[ndim](x, w, b, stride, padding, dilation), recorded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "_IMAGES", 16)
+        recorded = DEPTHWISE[ndim](x, w, b, stride, padding, dilation)
+        with torch.no_grad():
+            assert torch.equal(DEPTHWISE[ndim](x, w, b, stride, padding, dilation), recorded)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 
-from torchconv.kernels._depthwise_forms import Geometry, fft_blocks, fft_sizes, matmul_blocks, refused
+from torchconv.kernels._depthwise_forms import Geometry, fft_blocks, fft_sizes, refused
+from torchconv.kernels._depthwise_matrix import matmul_blocks
 
 # Nanoseconds by kind of number, form ("y" the output, "x" and "w" their gradients) and unit of work: a call, a number
 # moved in or out, a product of a direct convolution by its class, a point of a transform and of its log N passes, ...
@@ -67,7 +68,7 @@ TABLE: dict[str, dict[str, dict[str, float]]] = {
             "dilated": 0.377,
             "long": 0.0378,
             "middle": 0.034,
-            "moved": 0.4,
+            "moved": 0.3,
             "rows": 0.982,
             "short": 0.0312,
             "upper": 0.0391,
@@ -204,6 +205,7 @@ _MATRIX = 1 << 22  # the most entries of one channel's banded matrix
 _MARGIN = 0.9  # another form than PyTorch's must promise to be this much cheaper
 _SHARED_SPECTRUM = 0.8  # both gradients by Fourier transform need the spectrum of the output's gradient once
 _CONVERT = 0.4  # nanoseconds for a number to and from float32
+_SECOND_CALL = 60e3  # nanoseconds that PyTorch saves where it computes both gradients in one call
 _FUNCTION = 25e3  # nanoseconds a Python autograd function adds to a call
 
 
@@ -285,7 +287,7 @@ def choose(geo: Geometry, kind: str, last: bool, needs: tuple[bool, bool], threa
     for k in wanted:
         options = {form[2:]: price for form, price in prices.items() if form[0] == k}
         cheapest = min(options, key=lambda name: options[name])
-        if options[cheapest] < _MARGIN * options["native"]:
+        if options[cheapest] + (_FUNCTION if k == "y" else 0.0) < _MARGIN * options["native"]:
             best[k] = cheapest
     if all(needs):
         both = (prices["x:fft"] + prices["w:fft"]) * _SHARED_SPECTRUM
@@ -293,7 +295,9 @@ def choose(geo: Geometry, kind: str, last: bool, needs: tuple[bool, bool], threa
             best["x"] = best["w"] = "fft"
     # The output's form never depends on whether gradients are recorded: the same numbers come out either way.
     grads = wanted[1:]
-    ours = sum(prices[f"{k}:{best[k]}"] for k in grads) + (_FUNCTION if best["y"] == "native" else 0.0)
+    ours = sum(prices[f"{k}:{best[k]}"] for k in grads) + _FUNCTION
+    if all(needs) and (best["x"] == "native") != (best["w"] == "native"):
+        ours += _SECOND_CALL
     if ours > _MARGIN * sum(prices[f"{k}:native"] for k in grads):
         best["x"] = best["w"] = "native"
     return best["y"], best["x"], best["w"]

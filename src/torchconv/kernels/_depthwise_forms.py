@@ -22,8 +22,8 @@ from torch import Tensor
 CONVOLVE: tuple[Any, ...] = (None, F.conv1d, F.conv2d, F.conv3d)
 _Ints = tuple[int, ...]
 _FFT_BLOCK = 1 << 19  # numbers per block of channels: two megabytes of float32, which stay in the second-level cache
-_MATRIX_BLOCK = 1 << 19  # entries of the matrices made at one time
 _SCRATCH = 1 << 18  # numbers of a scratch that holds padded planes: one megabyte of float32
+_IMAGES = 1 << 19  # numbers of the images convolved at one time
 _FFT_WHOLE = 1 << 16  # longer maps are cut into overlapping tiles when the kernel is much shorter
 
 
@@ -64,6 +64,19 @@ def is_channels_last(x: Tensor) -> bool:
 
 def native(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tensor:
     out: Tensor = CONVOLVE[geo.ndim](x, w, bias, geo.stride, geo.padding, geo.dilation, geo.channels)
+    return out
+
+
+def by_images(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tensor:
+    """The same some images at a time where maps are large: PyTorch's kernels copy their input and output into layouts
+    of their own, and the pages of such copies are new ones each time unless the copies are of moderate size."""
+    per_image = max(1, geo.channels * max(math.prod(geo.size), math.prod(geo.out)))
+    step = max(1, _IMAGES // per_image)
+    if geo.batch * per_image < 2 * _IMAGES or geo.batch == 1 or not x.is_contiguous() or x.device.type != "cpu":
+        return native(x, w, bias, geo)
+    out = x.new_empty(geo.batch, geo.channels, *geo.out)
+    for n in range(0, geo.batch, step):
+        out[n : n + step] = native(x[n : n + step], w, bias, geo)
     return out
 
 
@@ -116,7 +129,7 @@ def flipped(g: Tensor, w: Tensor, geo: Geometry, last: bool) -> Tensor:
     w = w.flip(axes)
     if last:
         return channels_last(g, w, None, there)
-    return (padded if refused(there, False) else native)(g, w, None, there)
+    return (padded if refused(there, False) else by_images)(g, w, None, there)
 
 
 def correlated(g: Tensor, x: Tensor, geo: Geometry, last: bool) -> Tensor:
@@ -305,79 +318,6 @@ def fft_gradients(g: Tensor, x: Tensor, w: Tensor, geo: Geometry, mask: tuple[bo
             spectrum.mul_(torch.fft.rfftn(wide[block], s=lengths, dim=axes))
             dx[:, block] = torch.fft.irfftn(spectrum, s=lengths, dim=axes)[inside]
     return dx, dw
-
-
-# --- matrix product --------------------------------------------------------------------------------------------------
-
-
-def toeplitz(w: Tensor, geo: Geometry) -> Tensor:
-    """(C, inputs, outputs): each channel's convolution as a banded matrix, made one axis after another, last first."""
-    channels, ndim = w.shape[0], geo.ndim
-    bands = w.reshape(channels, *geo.kernel, 1, 1)
-    for axis in reversed(range(ndim)):
-        kernel, out, stride, dilation = geo.kernel[axis], geo.out[axis], geo.stride[axis], geo.dilation[axis]
-        low, length = geo.padding[axis], geo.size[axis]
-        inner, columns = bands.shape[-2:]
-        room = max(length + 2 * low, (out - 1) * stride + (kernel - 1) * dilation + 1)
-        full = bands.new_zeros(channels, *geo.kernel[:axis], room, inner, out, columns)
-        _diagonals(full, kernel, stride, dilation).copy_(bands.unsqueeze(-2))
-        bands = full.narrow(axis + 1, low, length).flatten(-2).flatten(axis + 1, axis + 2)
-    return bands
-
-
-def _diagonals(full: Tensor, kernel: int, stride: int, dilation: int) -> Tensor:
-    """View (…, kernel, inner, out, columns) of (…, room, inner, out, columns): tap t of output o at o·s + t·d."""
-    *lead, _, inner, out, columns = full.shape
-    *steps, by_room, by_inner, by_out, by_column = full.stride()
-    return full.as_strided(
-        (*lead, kernel, inner, out, columns),
-        (*steps, dilation * by_room, by_inner, stride * by_room + by_out, by_column),
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(C, N, positions) without a copy where ``x`` is contiguous."""
-    return x.contiguous().flatten(2).transpose(0, 1)
-
-
-def matmul_blocks(geo: Geometry) -> list[slice]:
-    """The blocks of channels whose matrices are made at one time."""
-    entries = (geo.size[0] + 2 * geo.padding[0]) * math.prod(geo.size[1:]) * math.prod(geo.out)
-    step = max(1, min(geo.channels, _MATRIX_BLOCK // entries))
-    return [slice(c, c + step) for c in range(0, geo.channels, step)]
-
-
-def matmul(x: Tensor, w: Tensor, geo: Geometry, transposed: bool = False) -> Tensor:
-    """x (or, ``transposed``, the output's gradient) times the matrix (its transpose)."""
-    size = geo.size if transposed else geo.out
-    out = x.new_empty(x.shape[0], x.shape[1], math.prod(size))
-    rows = _rows(x)
-    for block in matmul_blocks(geo):
-        matrix = toeplitz(w[block], geo)
-        torch.bmm(rows[block], matrix.mT if transposed else matrix, out=out.transpose(0, 1)[block])
-    return out.unflatten(2, size)
-
-
-def matmul_weight(g: Tensor, x: Tensor, geo: Geometry) -> Tensor:
-    """The matrix's gradient xᵀ·g, summed along its diagonals one axis after another, first axis first."""
-    rows, columns = _rows(x), _rows(g)
-    sums = [_summed(torch.bmm(rows[block].mT, columns[block]), geo) for block in matmul_blocks(geo)]
-    return (sums[0] if len(sums) == 1 else torch.cat(sums)).unsqueeze(1)
-
-
-def _summed(grad: Tensor, geo: Geometry) -> Tensor:
-    """(C, inputs, outputs) → (C, \\*kernel)."""
-    channels = grad.shape[0]
-    inner, columns = math.prod(geo.size), math.prod(geo.out)
-    for axis in range(geo.ndim):
-        kernel, out, stride, dilation = geo.kernel[axis], geo.out[axis], geo.stride[axis], geo.dilation[axis]
-        low, length = geo.padding[axis], geo.size[axis]
-        inner, columns = inner // length, columns // out
-        room = max(length + 2 * low, (out - 1) * stride + (kernel - 1) * dilation + 1)
-        grad = grad.reshape(channels, *geo.kernel[:axis], length, inner, out, columns)
-        full = F.pad(grad, [0] * 6 + [low, room - low - length]) if room > length else grad
-        grad = _diagonals(full, kernel, stride, dilation).sum(-2)
-    return grad.reshape(channels, *geo.kernel)
 
 
 # --- by definition ---------------------------------------------------------------------------------------------------

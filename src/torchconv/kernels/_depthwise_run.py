@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from torchconv.kernels import _depthwise_forms as forms
+from torchconv.kernels import _depthwise_matrix as matrix
 from torchconv.kernels._custom import define
 from torchconv.kernels._depthwise_forms import Geometry
-from torchconv.kernels._depthwise_plan import Plan, geometry, plan
+from torchconv.kernels._depthwise_plan import Plan, plan
 
 HALF = (torch.float16, torch.bfloat16)
 KINDS = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, *HALF)}
@@ -63,7 +64,7 @@ def _triton() -> Any:
 def output(x: Tensor, w: Tensor, bias: Tensor | None, form: str, geo: Geometry) -> Tensor:
     """The convolution in one form, in the memory format of ``x``."""
     if form == "native":
-        return forms.native(x, w, bias, geo)
+        return forms.by_images(x, w, bias, geo)
     if form == "triton":
         return _like(_triton().output(x, w, bias, geo), x)
     wide, kernel, shift = _wide(x), _wide(w), None if bias is None else _wide(bias)
@@ -72,7 +73,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, form: str, geo: Geometry) 
     elif form == "channels_last":
         out = forms.channels_last(wide, kernel, shift, geo)
     else:
-        out = (forms.fft if form == "fft" else forms.matmul)(wide, kernel, geo)
+        out = (forms.fft if form == "fft" else matrix.matmul)(wide, kernel, geo)
         if shift is not None:
             out.add_(shift.reshape(-1, *(1,) * geo.ndim))
     return _like(out.to(x.dtype), x)
@@ -101,11 +102,11 @@ def gradients(
     if by_x in ("flipped", "channels_last"):
         dx = forms.flipped(g, w, geo, by_x == "channels_last")
     elif by_x == "matmul":
-        dx = forms.matmul(g, w, geo, transposed=True)
+        dx = matrix.matmul(g, w, geo, transposed=True)
     if by_w in ("correlate", "correlate_last"):
         dw = forms.correlated(g, x, geo, by_w == "correlate_last")
     elif by_w == "matmul":
-        dw = forms.matmul_weight(g, x, geo)
+        dw = matrix.matmul_weight(g, x, geo)
     dx = None if dx is None else _like(dx.to(x_type), like)
     return dx, None if dw is None else dw.to(w_type)
 
@@ -251,5 +252,3 @@ GRADIENTS = define(
     _backward_gradients,
     _keep_gradients,
 )
-
-__all__ = ["GRADIENTS", "HALF", "KINDS", "OUTPUT", "Depthwise", "geometry", "gradients", "output", "planned"]

@@ -24,6 +24,7 @@ from torchconv.kernels._depthwise_plan import BACKENDS, check_weight
 from torchconv.kernels._triton_probe import trustworthy
 
 _LONG = 13  # taps from which an estimate of operations sends half precision on a GPU to the tensor cores
+_PLAIN = (Tensor, torch.nn.Parameter)
 _TRITON_TYPES = (torch.float32, *run.HALF)
 
 
@@ -47,13 +48,12 @@ def _compiled_gains(x: Tensor, weight: Tensor) -> bool:
 
 def _only_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Kinds of tensors (integers, subclasses) that only PyTorch's operator takes, or mixtures that it refuses."""
-    kinds = (Tensor, torch.nn.Parameter)
-    others = (weight,) if bias is None else (weight, bias)
-    return (
-        type(x) not in kinds
-        or x.dtype not in run.KINDS
-        or any(type(t) not in kinds or t.dtype != x.dtype or t.device != x.device for t in others)
-    )
+    kind, device = x.dtype, x.device
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or kind not in run.KINDS:
+        return True
+    if weight.dtype != kind or weight.device != device:
+        return True
+    return bias is not None and (type(bias) not in _PLAIN or bias.dtype != kind or bias.device != device)
 
 
 def _sized(x: Tensor, weight: Tensor, padding: str, dilation: Size) -> tuple[Tensor, tuple[int, ...]]:
@@ -88,13 +88,13 @@ def _depthwise(
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)  # not where torch.fx traces with proxies
     if not tensors or (torch.jit.is_tracing() and not isinstance(padding, str)):
         return _convolve(ndim, x, weight, bias, stride, padding, dilation)
-    check_choice("backend", backend, BACKENDS)
+    if backend not in BACKENDS:
+        check_choice("backend", backend, BACKENDS)
     if x.dim() == ndim + 1:
         return _depthwise(ndim, x.unsqueeze(0), weight, bias, stride, padding, dilation, backend).squeeze(0)
     if x.dim() != ndim + 2 or weight.dim() != ndim + 2:
         shapes = f"x of shape {tuple(x.shape)}, weight of shape {tuple(weight.shape)}"
         raise ValueError(f"{shapes}: expected (N, C, *size) and (C, 1, *kernel_size) with {ndim} spatial axes")
-    check_weight(x.shape[1], tuple(weight.shape))
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias of shape {tuple(bias.shape)}: expected ({weight.shape[0]},), a number per channel")
     if isinstance(padding, str):
@@ -115,6 +115,7 @@ def _depthwise(
         elif compiling:
             plain = not _compiled_gains(x, weight)
     if plain:
+        check_weight(x.shape[1], tuple(weight.shape))
         return _convolve(ndim, x, weight, bias, stride, padding, dilation)
     if backend == "triton":
         _check_triton(x)
