@@ -360,8 +360,12 @@ def adaptive_downscale(
         spans.append((begin, begin + s * (n - 1) + k))
     last = _is_channels_last(x)
     covered = mirror_pad(x, spans)
-    compute = _composite if _custom.in_ordinary_operators() else _DOWNSCALE
-    out: Tensor = compute(covered, kernels, scales, sizes_, normalisation)
+    arguments = (covered, kernels, scales, sizes_, normalisation)
+    out: Tensor
+    if _custom.in_ordinary_operators():
+        out = _composite(*arguments)
+    else:
+        out = (_DOWNSCALE if _custom.recorded(*arguments) else _forward)(*arguments)
     if last:
         return out.contiguous(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
     return out

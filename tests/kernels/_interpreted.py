@@ -1,0 +1,62 @@
+"""Triton kernels under Triton's interpreter against ordinary operators: ``python -m tests.kernels._interpreted NAME``.
+
+A process of its own, because the interpreter is chosen by an environment variable when the kernels are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def check_in_interpreter(name: str) -> None:
+    """Run one of the functions below in a process with ``TRITON_INTERPRET=1``."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels._interpreted", name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split()[-1:] == [name]
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def causal() -> None:
+    from torchconv.kernels import _causal_triton as kernels
+    from torchconv.kernels.causal import _composite
+
+    cases = [
+        (2, 3, 17, 4, True, True, torch.float32),
+        (1, 5, 6, 8, False, True, torch.float32),
+        (2, 3, 2, 3, True, False, torch.float32),
+        (2, 4, 9, 2, True, True, torch.bfloat16),
+        (1, 2, 70, 1, True, False, torch.float64),
+    ]
+    for batch, channels, length, k, silu, with_bias, dtype in cases:
+        for last in (False, True):
+            shape = (batch, length, channels) if last else (batch, channels, length)
+            x, g = noise(*shape, dtype=dtype), noise(*shape, seed=1, dtype=dtype)
+            weight = noise(channels, k, seed=2, dtype=dtype)
+            bias = noise(channels, seed=3, dtype=dtype) if with_bias else None
+            tensors = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+            expected = _composite(*tensors, *(() if with_bias else (None,)), silu, last)
+            by = torch.autograd.grad(expected, tensors, g)
+            options = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(kernels.output(x, weight, bias, silu, last), expected, **options)
+            dx, dw, db = kernels.gradients(g, x, weight, bias, silu, last)
+            torch.testing.assert_close(dx, by[0], **options)
+            torch.testing.assert_close(dw.to(dtype), by[1], **options)
+            if with_bias:
+                torch.testing.assert_close(db.to(dtype), by[2], **options)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    print(sys.argv[1])
