@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
@@ -145,6 +146,7 @@ def main() -> None:
         "threads": args.threads,
         "torch": torch.__version__,
         "dtype": "float32",
+        "load at the start": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     }
     rows = []
     for case in CASES:

@@ -54,7 +54,7 @@ TABLE: dict[str, dict[str, dict[str, float]]] = {
             "upper_last": 0.0766,
             "volume": 0.448,
         },
-        "y:fft": {"block": 98600, "kernels": 3.11, "moved_last": 1.96, "passes": 0.33, "points": 1.56},
+        "y:fft": {"block": 98600, "kernels": 3.11, "moved_last": 0.9, "passes": 0.33, "points": 1.56},
         "y:matmul": {
             "block": 53800,
             "channel": 360,
