@@ -57,6 +57,34 @@ def causal() -> None:
                 torch.testing.assert_close(db.to(dtype), by[2], **options)
 
 
+def adaptive() -> None:
+    from torchconv.kernels import _adaptive_triton as kernels
+    from torchconv.kernels.adaptive import _composite
+
+    cases = [
+        (2, 6, 2, (3, 3), (4, 5), torch.float32),
+        (1, 5, 2, (5, 1), (3, 4), torch.float64),
+        (2, 2, 3, (3,), (6,), torch.float32),
+        (1, 3, 1, (1, 3, 3), (2, 3, 2), torch.float32),
+        (1, 4, 2, (3, 3), (3, 3), torch.bfloat16),
+    ]
+    for batch, channels, groups, kernel, size, dtype in cases:
+        x, g = noise(batch, channels, *size, dtype=dtype), noise(batch, channels, *size, seed=1, dtype=dtype)
+        weight = noise(batch, groups, torch.Size(kernel).numel(), *size, seed=2, dtype=dtype)
+        tensors = [x.requires_grad_(), weight.requires_grad_()]
+        expected = _composite(*tensors, kernel)
+        by_x, by_weight = torch.autograd.grad(expected, tensors, g)
+        options = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+        formats = [torch.contiguous_format, *([torch.channels_last] if x.dim() == 4 else [])]
+        for form in formats:
+            a, b = (t.detach().contiguous(memory_format=form) for t in (x, g))
+            out = kernels.aggregate(a, weight.detach(), kernel)
+            assert out.stride() == a.stride()
+            torch.testing.assert_close(out, expected, **options)
+            torch.testing.assert_close(kernels.aggregate(b, weight.detach(), kernel, mirrored=True), by_x, **options)
+            torch.testing.assert_close(kernels.weight_gradient(b, a, weight.detach(), kernel), by_weight, **options)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     print(sys.argv[1])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels._interpreted import check_in_interpreter
 from torchconv.kernels import adaptive_conv, adaptive_conv2d
 from torchconv.kernels.adaptive import _composite
 
@@ -160,6 +161,25 @@ def test_compiles_exports_and_maps():
     torch.testing.assert_close(program.module()(x, w), expected)
     one = torch.func.vmap(lambda a, b: adaptive_conv2d(a[None], b[None])[0])(x, w)
     torch.testing.assert_close(one, expected)
+
+
+def test_compiled_code_serves_other_channels_and_sizes():
+    compiled = torch.compile(adaptive_conv2d, fullgraph=True, backend="aot_eager")
+    for batch, channels, groups, size in ((2, 8, 2, 6), (3, 13, 4, 7)):
+        x, w = draw(batch, channels, groups, (3, 3), (size, size))
+        torch.testing.assert_close(compiled(x, w), adaptive_conv2d(x, w))
+
+
+def test_registration():
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, w = draw(2, 5, 2, (3, 3), (4, 5))
+        x, w = x.contiguous(memory_format=layout).requires_grad_(), w.requires_grad_()
+        torch.library.opcheck(torch.ops.torchconv.adaptive_conv.default, (x, w, (3, 3)))
+
+
+def test_triton_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    check_in_interpreter("adaptive")
 
 
 def test_bad_shapes_are_refused():

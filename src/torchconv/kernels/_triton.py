@@ -9,17 +9,13 @@ from functools import lru_cache
 
 import torch
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 def triton_available(device: torch.device) -> bool:
     """Triton is installed and compiles for ``device``, or its interpreter is on (``TRITON_INTERPRET=1``)."""
-    return _available(device.type)
-
-
-@lru_cache(maxsize=8)
-def _available(kind: str) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return kind == "cuda" or os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _INSTALLED and (device.type == "cuda" or _INTERPRETED)
 
 
 @lru_cache(maxsize=64)

@@ -9,15 +9,15 @@ each channel that shares them. Gradients, with g the gradient of out:
 - weight: Σ over the channels c = γ (mod G) of x[n, c, i + t − p] · g[n, c, i].
 
 All three are k^d shifted multiply-adds into one buffer, so that nothing of size N · C · k^d · positions is ever made,
-forward or backward. Eager PyTorch runs them in place (a third of the time of letting autograd differentiate the sum);
-under ``torch.compile``, ``torch.export`` and ``torch.func`` the sum is written in ordinary operators, which the
-compiler fuses and exporters know.
+forward or backward. On a GPU each is one Triton kernel. On a CPU they run in place (a third of the time of letting
+autograd differentiate the sum). Compilers for a CPU, exporters and ``torch.func`` get the sum in ordinary operators,
+which they fuse and know.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from torchconv._common import check
 from torchconv.catalog import part
+from torchconv.kernels import _custom
+from torchconv.kernels._triton import triton_available
 
 _HALF = (torch.float16, torch.bfloat16)
 _Index = tuple[Any, ...]
@@ -52,7 +54,7 @@ def _shared(x: Tensor, weight_channels: int) -> Iterator[tuple[Tensor, int]]:
 
     One view of the whole multiples of G channels and, where G does not divide C, one of the channels left over.
     """
-    repeats, rest = divmod(x.shape[1], weight_channels)
+    repeats, rest = x.shape[1] // weight_channels, x.shape[1] % weight_channels
     whole = repeats * weight_channels
     if repeats:
         yield x[:, :whole].unflatten(1, (repeats, weight_channels)), weight_channels
@@ -100,34 +102,6 @@ def _aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: boo
     return out.contiguous(memory_format=_channels_last(x)) if _is_channels_last(x) else out
 
 
-class _Aggregate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
-        ctx.kernel = kernel
-        return _aggregate(x, weight, kernel)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        dx = _aggregate(grad, weight, ctx.kernel, True) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(_rows(grad), _rows(x), _rows(weight), ctx.kernel).to(weight.dtype)
-        return dx, dw, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        x, weight = ctx.saved_tensors
-        dx, dw, _ = tangents
-        if dw is None:
-            return _aggregate(dx, weight, ctx.kernel)
-        by_weight = _aggregate(x, dw, ctx.kernel)
-        return by_weight if dx is None else by_weight + _aggregate(dx, weight, ctx.kernel)
-
-
 def _channels_last(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
@@ -159,10 +133,67 @@ def _composite(x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).to(dtype)
 
 
-def _in_ordinary_operators() -> bool:
-    """Someone wants to see through the sum: a compiler, an exporter, a tracer or a ``torch.func`` transform."""
-    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+def _forward(x: Tensor, weight: Tensor, kernel: Sequence[int]) -> Tensor:
+    if triton_available(x.device) and x.numel():
+        from torchconv.kernels import _adaptive_triton
+
+        return _adaptive_triton.aggregate(x, weight, tuple(kernel))
+    return _aggregate(x, weight, tuple(kernel))
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, kernel: Sequence[int], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    size = tuple(kernel)
+    grad = grad.contiguous(memory_format=_channels_last(x)) if _is_channels_last(x) else grad.contiguous()
+    dx, dw = x.new_empty(0), weight.new_empty(0)
+    if triton_available(x.device) and x.numel():
+        from torchconv.kernels import _adaptive_triton
+
+        dx = _adaptive_triton.aggregate(grad, weight, size, mirrored=True) if needs[0] else dx
+        return dx, _adaptive_triton.weight_gradient(grad, x, weight, size) if needs[1] else dw
+    dx = _aggregate(grad, weight, size, True) if needs[0] else dx
+    if needs[1]:
+        dw = _weight_gradient(_rows(grad), _rows(x), _rows(weight), size).to(weight.dtype)
+    return dx, dw
+
+
+def _fake(x: Tensor, weight: Tensor, kernel: Sequence[int]) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, kernel: Sequence[int], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
+    return dx, weight.new_empty(weight.shape) if needs[1] else weight.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.kernel = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:2])
+    if torch.is_grad_enabled():  # someone will differentiate again
+        wanted = [t for t, need in zip((x, weight), needs, strict=True) if need]
+        found = iter(torch.autograd.grad(_composite(x, weight, tuple(ctx.kernel)), wanted, grad, create_graph=True))
+        return *(next(found) if need else None for need in needs), None
+    by = _BACKWARD(grad, x, weight, ctx.kernel, needs)
+    return *(g if need else None for g, need in zip(by, needs, strict=True)), None
+
+
+_BACKWARD = _custom.define(
+    "adaptive_conv_backward",
+    "(Tensor grad, Tensor x, Tensor weight, int[] kernel, bool[] needs) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+_ADAPTIVE = _custom.define(
+    "adaptive_conv", "(Tensor x, Tensor weight, int[] kernel) -> Tensor", _forward, _fake, _autograd, _keep
+)
 
 
 @part(
@@ -220,9 +251,11 @@ def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None
     if x.dtype != weight.dtype:
         dtype = torch.promote_types(x.dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
-    if _in_ordinary_operators():
+    compiled_for_cpu = torch.compiler.is_compiling() and not triton_available(x.device)
+    if compiled_for_cpu or _custom.in_ordinary_operators():
         return _composite(x, weight, kernel_size)
-    out: Tensor = _Aggregate.apply(x, weight, kernel_size)
+    x = x if _is_channels_last(x) else x.contiguous()
+    out: Tensor = (_ADAPTIVE if _custom.recorded(x, weight) else _forward)(x, weight, kernel_size)
     return out
 
 

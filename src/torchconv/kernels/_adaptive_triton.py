@@ -1,0 +1,139 @@
+"""Triton kernels of the aggregation with a kernel at every position: output and both gradients.
+
+A program holds a tile of channels × positions in registers and goes through the taps. Where channels lie apart in
+memory the channels of a tile are those that share their weights (c, c + G, c + 2G, …), so that each weight is read once
+a tile; where they lie side by side (channels-last) the tile takes neighbours. Sums are in float32 at least.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _moved(p, t, D, H, W, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr):
+    """Where tap t leads from the positions p: three coordinates, and whether they are on the map."""
+    d = p // (H * W) + SIGN * (t // (KH * KW) - KD // 2)
+    h = p // W % H + SIGN * (t // KW % KH - KH // 2)
+    w = p % W + SIGN * (t % KW - KW // 2)
+    return d, h, w, (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (p < D * H * W)
+
+
+@triton.jit
+def _aggregate(
+    x, weight, out, C, G, D, H, W, blocks_c, blocks_p,
+    xn, xc, xd, xh, xw, wn, wg, wt, wd, wh, ww, on, oc, od, oh, ow,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MIRRORED: tl.constexpr, SHARED: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    p = program % blocks_p * BP + tl.arange(0, BP)
+    block = program // blocks_p % blocks_c
+    n = (program // blocks_p // blocks_c).to(tl.int64)
+    if SHARED:  # block counts tiles of one weight channel, weight channels fastest
+        first = block % G
+        c = first + (block // G * BC + tl.arange(0, BC)) * G
+    else:
+        c = block * BC + tl.arange(0, BC)
+    total = tl.zeros((BC, BP), ACC)
+    for t in range(KD * KH * KW):
+        if MIRRORED:
+            d, h, w, ok = _moved(p, t, D, H, W, KD, KH, KW, -1)
+            at = d * wd + h * wh + w * ww
+        else:
+            d, h, w, ok = _moved(p, t, D, H, W, KD, KH, KW, 1)
+            at = p // (H * W) * wd + p // W % H * wh + p % W * ww
+        inside = (c < C)[:, None] & ok[None, :]
+        read = tl.load(x + n * xn + c[:, None] * xc + (d * xd + h * xh + w * xw)[None, :], mask=inside, other=0.0)
+        if SHARED:
+            factor = tl.load(weight + n * wn + first * wg + t * wt + at, mask=ok, other=0.0)[None, :]
+        else:
+            factor = tl.load(weight + n * wn + (c % G)[:, None] * wg + t * wt + at[None, :], mask=inside, other=0.0)
+        total += factor.to(ACC) * read.to(ACC)
+    here = p // (H * W) * od + p // W % H * oh + p % W * ow
+    inside = (c < C)[:, None] & (p < D * H * W)[None, :]
+    tl.store(out + n * on + c[:, None] * oc + here[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradient(
+    x, grad, out, C, G, D, H, W, blocks_p, repeats,
+    xn, xc, xd, xh, xw, gn, gc, gd, gh, gw, on, og, ot, od, oh, ow,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    p = program % blocks_p * BP + tl.arange(0, BP)
+    first = program // blocks_p % G
+    n = (program // blocks_p // G).to(tl.int64)
+    inside = p < D * H * W
+    from_grad = p // (H * W) * gd + p // W % H * gh + p % W * gw
+    to = out + n * on + first * og + p // (H * W) * od + p // W % H * oh + p % W * ow
+    for t in range(KD * KH * KW):
+        d, h, w, ok = _moved(p, t, D, H, W, KD, KH, KW, 1)
+        from_x = d * xd + h * xh + w * xw
+        total = tl.zeros((BP,), ACC)
+        for r in range(0, repeats, BR):
+            c = first + (r + tl.arange(0, BR)) * G
+            mask = (c < C)[:, None] & ok[None, :]
+            read = tl.load(x + n * xn + c[:, None] * xc + from_x[None, :], mask=mask, other=0.0).to(ACC)
+            slope = tl.load(grad + n * gn + c[:, None] * gc + from_grad[None, :], mask=mask, other=0.0).to(ACC)
+            total += tl.sum(read * slope, 0)
+        tl.store(to + t * ot, total.to(out.dtype.element_ty), mask=inside)
+
+
+def _three(sizes: Any, fill: int) -> tuple[int, ...]:
+    """Sizes or strides of one to three axes as those of three."""
+    return (fill,) * (3 - len(sizes)) + tuple(sizes)
+
+
+def _steps(tensor: Tensor, lead: int) -> tuple[int, ...]:
+    """Strides of the ``lead`` axes before the map, then of its three axes."""
+    return (*tensor.stride()[:lead], *_three(tensor.stride()[lead:], 0))
+
+
+def _sum_type(x: Tensor) -> Any:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool = False) -> Tensor:
+    """The aggregation, or with ``mirrored`` its transpose, in the memory format of x."""
+    out = torch.empty_like(x)
+    batch, channels = x.shape[:2]
+    groups, size = weight.shape[1], _three(x.shape[2:], 1)
+    positions = size[0] * size[1] * size[2]
+    shared = x.stride(1) != 1 or groups == 1
+    repeats = triton.cdiv(channels, groups)
+    bc = min(8, triton.next_power_of_2(repeats)) if shared else min(32, triton.next_power_of_2(channels))
+    bp = min(triton.next_power_of_2(positions), 1024 // bc if shared else 32)
+    blocks_c = groups * triton.cdiv(repeats, bc) if shared else triton.cdiv(channels, bc)
+    blocks_p = triton.cdiv(positions, bp)
+    kd, kh, kw = _three(kernel, 1)
+    _aggregate[(batch * blocks_c * blocks_p,)](
+        x, weight, out, channels, groups, *size, blocks_c, blocks_p, *_steps(x, 2), *_steps(weight, 3), *_steps(out, 2),
+        KD=kd, KH=kh, KW=kw, MIRRORED=mirrored, SHARED=shared, BC=bc, BP=bp, ACC=_sum_type(x),
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The gradient of the weight, contiguous."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    batch, channels = x.shape[:2]
+    groups, size = weight.shape[1], _three(x.shape[2:], 1)
+    positions = size[0] * size[1] * size[2]
+    repeats = triton.cdiv(channels, groups)
+    br = min(8, triton.next_power_of_2(repeats))
+    bp = min(triton.next_power_of_2(positions), 1024 // br)
+    blocks_p = triton.cdiv(positions, bp)
+    kd, kh, kw = _three(kernel, 1)
+    _weight_gradient[(batch * groups * blocks_p,)](
+        x, grad, out, channels, groups, *size, blocks_p, repeats, *_steps(x, 2), *_steps(grad, 2), *_steps(out, 3),
+        KD=kd, KH=kh, KW=kw, BR=br, BP=bp, ACC=_sum_type(x),
+    )  # fmt: skip
+    return out
