@@ -24,6 +24,7 @@ from torchconv.kernels._long_monarch import monarch
 
 BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
 _FEW_TAPS = 16  # up to which the dot products of F.conv1d are faster than transforms
+_FEW_NUMBERS = 1 << 15  # of the output, up to which a call of an operator of our own takes longer than it saves
 _PLAIN = (Tensor, torch.nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -275,12 +276,16 @@ def long_conv(
         check_positive("chunk", chunk)
     single = kernel.dim() == 2
     kernel, origin = _settled(kernel, x.shape[1], causal, origin, skip)
+    plain = in_ordinary_operators()
     if backend == "auto":
-        backend = "native" if kernel.shape[2] <= _FEW_TAPS and chunk is None and spectrum is None else "fft"
+        free = chunk is None and spectrum is None
+        backend = "native" if free and kernel.shape[2] <= _FEW_TAPS else "fft"
+        small = x.shape[0] * x.shape[2] * kernel.shape[0] * kernel.shape[1] <= _FEW_NUMBERS
+        plain = plain or (free and small and not torch.compiler.is_compiling())
     record = torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad)
     known = None if spectrum is None else _checked_spectrum(spectrum, x, kernel, origin)
     known = None if record or backend != "fft" else known
-    if backend in ("native", "reference") or in_ordinary_operators():
+    if backend in ("native", "reference") or plain:
         y = _seen_through(x, kernel, origin, backend)
     elif record or torch.compiler.is_compiling() or type(x) not in _PLAIN or type(kernel) not in _PLAIN:
         y = OUTPUT(x, kernel, origin, chunk or 0, backend, known)
@@ -301,6 +306,6 @@ def _seen_through(x: Tensor, kernel: Tensor, origin: int, backend: str) -> Tenso
     first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
     form = forms.SEEN_THROUGH.get(backend, forms.composite)
     with _outside_autocast(x.device.type):
-        if first == beyond:
-            return x.unsqueeze(1) * torch.zeros_like(kernel[..., :1])
+        if first == beyond or any(isinstance(n, int) and n == 0 for n in x.shape):  # MKL transforms no empty batch
+            return x.unsqueeze(1) * kernel[..., first:beyond].sum(-1, keepdim=True).to(x.dtype)
         return form(x.to(dtype), kernel[..., first:beyond].to(dtype), origin - first).to(x.dtype)

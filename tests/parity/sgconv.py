@@ -1,0 +1,22 @@
+"""SGConv's layer in all its options, and the kernel it assembles."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tests.parity.core import Adapted, Case
+from torchconv.ops.sgconv import SGConvLayer
+
+# Arguments that do nothing in the authors' layer, or say how fast to train.
+_IDLE = {"lr", "verbose", "shift", "d_state", "hyper_act"}
+
+
+def adapt(case: Case) -> Adapted:
+    """The config holds the constructor's arguments."""
+    module = SGConvLayer(**{k: v for k, v in case.config.items() if k not in _IDLE})
+
+    def kernel(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        axis = -1 if module.transposed else -2
+        return {"kernel": module.kernel(inputs["u"].shape[axis])}
+
+    return Adapted(lambda inputs: {"y": module(inputs["u"])}, module, extra=kernel)
