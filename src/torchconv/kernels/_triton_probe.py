@@ -18,9 +18,12 @@ def trustworthy(name: str, device: torch.device) -> bool:
     return _tried(name, device.type, device.index)
 
 
-@torch.compiler.assume_constant_result
 def _remembered(name: str, kind: str, index: int | None) -> bool:
     return _tried(name, kind, index)
+
+
+# What torch.compiler.assume_constant_result does, which would import all of the compiler, two seconds, here.
+_remembered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)
