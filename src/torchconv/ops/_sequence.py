@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,11 +114,21 @@ class SpectrumCache:
         return SpectrumCache, ()
 
     def convolve(
-        self, x: Tensor, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor, int]], **options: Any
+        self,
+        x: Tensor,
+        sources: Sequence[Tensor],
+        make: Callable[[], tuple[Tensor, int]],
+        settings: tuple[Any, ...] = (),
+        dropout: nn.Dropout | None = None,
+        **options: Any,
     ) -> Tensor:
-        """``long_conv`` of ``x`` with the kernel and origin that ``make()`` gives from the weights ``sources``."""
+        """``long_conv`` of ``x`` with the kernel and origin that ``make()`` gives from the weights ``sources``.
+
+        ``settings`` are what else the kernel depends on, ``dropout`` what makes it random.
+        """
         if (
             torch.is_grad_enabled()
+            or (dropout is not None and dropout.training and dropout.p > 0)
             or torch.compiler.is_compiling()
             or in_ordinary_operators()
             or any(t.is_inference() for t in sources)
@@ -130,7 +139,7 @@ class SpectrumCache:
             return long_conv(x, kernel, False, origin, **options)
         length = x.shape[-1]
         onlooking = x.device.type != "cpu"
-        key: Any = (length, x.device, [(t.dtype, t.shape) for t in sources])
+        key: Any = (length, x.device, settings, [(t.dtype, t.shape) for t in sources])
         if onlooking:
             key = (*key, [(t.data_ptr(), t._version) for t in sources])
         held = self._held
@@ -148,8 +157,3 @@ def with_skip(kernel: Tensor, skip: Tensor | None, origin: int) -> Tensor:
     if skip is None:
         return kernel
     return kernel + F.pad(skip.unsqueeze(-1), (origin, kernel.shape[-1] - 1 - origin))
-
-
-def live_share(kernel: Tensor, threshold: float) -> float:
-    """Share of the taps above a threshold."""
-    return float((kernel.detach().abs() > threshold).double().mean()) if kernel.numel() else math.nan
