@@ -101,11 +101,15 @@ def _alone(x: Tensor, n: int) -> bool:
 
 
 def whole(x: Tensor, kernel: Tensor, origin: int, spectrum: Tensor | None = None) -> Tensor:
-    """The output by one transform a row; ``spectrum`` is that of the kernel where it is known."""
+    """The output by one transform a row, perhaps as part of a longer tensor.
+
+    ``spectrum`` is that of the kernel where it is known.
+    """
     length, n = x.shape[2], transform_length(x.shape[2], kernel.shape[2], origin)
-    y = x.new_empty(x.shape[0], kernel.shape[0], *x.shape[1:])
+    tiles = list(_tiles(x, n * (1 + kernel.shape[0])))
+    y = None if len(tiles) == 1 else x.new_empty(x.shape[0], kernel.shape[0], *x.shape[1:])
     last, known = None, spectrum
-    for images, channels in _tiles(x, n * (1 + kernel.shape[0])):
+    for images, channels in tiles:
         if spectrum is not None:
             known = spectrum[:, channels]
         elif channels != last:
@@ -113,7 +117,11 @@ def whole(x: Tensor, kernel: Tensor, origin: int, spectrum: Tensor | None = None
         assert known is not None
         product = _rfft(x[images, channels], n).unsqueeze(1)
         product = product.mul_(known) if kernel.shape[0] == 1 else product * known
-        y[images, :, channels] = _irfft(product, n)[..., origin : origin + length]
+        part = _irfft(product, n)[..., origin : origin + length]
+        if y is None:
+            return part
+        y[images, :, channels] = part
+    assert y is not None
     return y
 
 

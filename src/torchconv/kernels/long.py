@@ -24,7 +24,7 @@ from torchconv.kernels._long_monarch import monarch
 
 BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
 _FEW_TAPS = 16  # up to which the dot products of F.conv1d are faster than transforms
-_FEW_NUMBERS = 1 << 15  # of the output, up to which a call of an operator of our own takes longer than it saves
+_FEW_NUMBERS = 1 << 17  # of the output, up to which a call of an operator of our own takes longer than it saves
 _PLAIN = (Tensor, torch.nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -56,6 +56,10 @@ def _output(x: Tensor, kernel: Tensor, origin: int, chunk: int, backend: str, sp
         else:
             y = forms.whole(wide, taps, origin, spectrum)
     return y.to(x.dtype)
+
+
+def _contiguous_output(*args: Any) -> Tensor:
+    return _output(*args).contiguous()
 
 
 def _by_triton(x: Tensor, kernel: Tensor, origin: int) -> Tensor | None:
@@ -143,7 +147,7 @@ GRADIENTS = define(
 OUTPUT = define(
     "long_conv",
     "(Tensor x, Tensor kernel, SymInt origin, SymInt chunk, str backend, Tensor? spectrum) -> Tensor",
-    _output,
+    _contiguous_output,
     _output_fake,
     _output_backward,
     _output_keep,
