@@ -306,20 +306,23 @@ class LongConvLayer(nn.Module):
             )
         self._cache = SpectrumCache()
 
-    def _circular(self, length: int) -> tuple[Tensor, int]:
-        """The kernel of a circular convolution, and how many samples that has."""
+    def _circular(self, length: int, n: int, wrap: bool) -> Tensor:
+        """The kernel of a circular convolution of ``n`` samples: the future, if it has one, stands at the end."""
         kernel = self.kernel()
-        n = min(length, self.l_max) + length
         if not self.bidirectional:
-            return kernel if self.wrap else kernel[..., :length], n
+            return kernel if wrap else kernel[..., :length]
         past, future = kernel.chunk(2)
-        if not self.wrap:
-            past, future = past[..., :length], future[..., :length]
-            n = past.shape[-1] + length
-        return F.pad(past, (0, length)) + F.pad(future.flip(-1), (length, 0)), n
+        if wrap:
+            return F.pad(past, (0, length)) + F.pad(future.flip(-1), (length, 0))
+        past, future = past[..., :length], future[..., :length]
+        missing = n - past.shape[-1]
+        return F.pad(past, (0, missing)) + F.pad(future.flip(-1), (missing, 0))
 
     def _taps(self, length: int) -> tuple[Tensor, int]:
-        kernel, n = self._circular(length)
+        n = min(length, self.l_max) + length
+        if not self.wrap and self.bidirectional:
+            n = 2 * length  # as many as both sides of the kernel, or more
+        kernel = self._circular(length, n, self.wrap)
         if self.bidirectional or kernel.shape[-1] > length:
             kernel, origin = wrapped(kernel, length, n)
         else:
@@ -328,8 +331,9 @@ class LongConvLayer(nn.Module):
 
     def _by_blocks(self, u: Tensor) -> Tensor:
         length = u.shape[-1]
-        kernel, n = self._circular(length)
-        n = power_of_two(n)
+        exact = min(length, self.l_max) + length
+        n = power_of_two(exact if self.wrap else 2 * length)
+        kernel = self._circular(length, n, self.wrap and n == exact)
         spectrum = self.block_fft_u(u, n).unsqueeze(1) * self.block_fft_k(kernel, n)
         y = torch.fft.ifft(spectrum).real[..., :length].to(u.dtype)
         return y + self.D.unsqueeze(-1) * u.unsqueeze(1)
