@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
@@ -103,7 +104,7 @@ def _train(images: Any, seed: int, steps: int) -> Any:
         torch.manual_seed(seed)
         widths = (1, 24, 24, 24, 1)
         layers: list[Any] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
         net = nn.Sequential(*layers[:-1])
 
