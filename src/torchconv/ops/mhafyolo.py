@@ -124,6 +124,7 @@ class MultiKernelReparamConv(nn.Module):
         ValueError: an argument is out of range; the message names it.
 
     Example:
+        >>> import torch
         >>> op = MultiKernelReparamConv2d(8, kernel_size=9).eval()
         >>> x = torch.randn(2, 8, 9, 12)
         >>> torch.allclose(op.merge()(x), op(x), atol=1e-5)
