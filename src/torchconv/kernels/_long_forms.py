@@ -28,21 +28,16 @@ _BLOCK_ELSEWHERE = 1 << 27
 
 @lru_cache(maxsize=4096)
 def fast_length(n: int) -> int:
-    """The smallest even 2^i·3^j·5^k that is at least ``n``."""
-    best = 2
-    while best < n:
-        best *= 2
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            two = three * 2
-            while two < n:
-                two *= 2
-            best = min(best, two)
-            three *= 3
-        five *= 5
-    return best
+    """The smallest even number without prime factors above 7 that is at least ``n``."""
+    found = 2
+    while found < n:
+        found *= 2
+    odd = {1}
+    for prime in (3, 5, 7):
+        for power in list(odd):
+            while (power := power * prime) < found:
+                odd.add(power)
+    return min([found, *(2 * m << max(0, (-(-n // (2 * m)) - 1).bit_length()) for m in odd)])
 
 
 def transform_length(length: int, taps: int, origin: int) -> int:

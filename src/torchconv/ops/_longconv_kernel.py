@@ -23,7 +23,7 @@ def squash(kernel: Tensor, lam: float) -> Tensor:
 
     Example:
         >>> squash(torch.tensor([-3.0, 0.5, 2.0]), 1.0)
-        tensor([-2., 0.,  1.])
+        tensor([-2.,  0.,  1.])
 
     Reference: arXiv 2302.06646, section 3.1.
     """
