@@ -34,7 +34,7 @@ def fast_length(n: int) -> int:
         found *= 2
     odd = {1}
     for prime in (3, 5, 7):
-        for power in list(odd):
+        for power in sorted(odd):
             while (power := power * prime) < found:
                 odd.add(power)
     return min([found, *(2 * m << max(0, (-(-n // (2 * m)) - 1).bit_length()) for m in odd)])

@@ -2,9 +2,9 @@
 arXiv 2210.09298).
 
 The output and both gradients take one real transform a row each, of the shortest length that keeps what wraps round out
-of the result, in blocks of rows that stay in the cache. Only the input and the kernel are kept for the backward pass,
-half of what differentiating the expression of transforms keeps. Kernels much shorter than the sequence, and sequences
-whose transform would not fit, run by overlap-add.
+of the result, in blocks of rows that stay in the cache. Only the input and the kernel are kept for the backward pass, a
+quarter of what differentiating the expression of transforms keeps. Kernels much shorter than the sequence, and
+sequences whose transform would not fit, run by overlap-add.
 """
 
 from __future__ import annotations
