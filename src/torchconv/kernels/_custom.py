@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,16 @@ def in_ordinary_operators() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device ("meta" has none)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, where it is on."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def recorded(*arguments: Any) -> bool:

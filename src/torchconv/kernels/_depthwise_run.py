@@ -7,7 +7,6 @@ an operator that is written in Python costs about 10 microseconds without and 24
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from torchconv.kernels import _depthwise_forms as forms
 from torchconv.kernels import _depthwise_matrix as matrix
-from torchconv.kernels._custom import define
+from torchconv.kernels._custom import define, without_autocast
 from torchconv.kernels._depthwise_forms import Geometry
 from torchconv.kernels._depthwise_plan import Plan, plan
 
@@ -111,11 +110,6 @@ def gradients(
     return dx, None if dw is None else dw.to(w_type)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
-
-
 def _bias_gradient(g: Tensor, needed: bool) -> Tensor | None:
     return g.sum((0, *range(2, g.dim()))) if needed else None
 
@@ -134,7 +128,7 @@ class Depthwise(torch.autograd.Function):
         (x, w), (g,), plan = ctx.saved_tensors, grads, ctx.plan
         need_x, need_w, need_bias, *_ = ctx.needs_input_grad
         geo = plan.geo
-        with _without_autocast(g.device.type):
+        with without_autocast(g.device.type):
             dx: Tensor | None
             dw: Tensor | None
             if torch.is_grad_enabled():  # someone will differentiate again

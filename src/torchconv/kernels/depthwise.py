@@ -19,7 +19,7 @@ from torchconv._common import Padding, Size, check, check_choice, ntuple, resolv
 from torchconv.catalog import part
 from torchconv.kernels import _depthwise_forms as forms
 from torchconv.kernels import _depthwise_run as run
-from torchconv.kernels._custom import in_ordinary_operators
+from torchconv.kernels._custom import autocasts, in_ordinary_operators
 from torchconv.kernels._depthwise_plan import BACKENDS, check_weight
 from torchconv.kernels._triton_probe import trustworthy
 
@@ -101,7 +101,7 @@ def _depthwise(
         x, padding = _sized(x, weight, padding, dilation)
     device, compiling = x.device.type, torch.compiler.is_compiling()
     plain = backend == "native" or in_ordinary_operators()
-    if not plain and torch.is_autocast_enabled(device):
+    if not plain and autocasts(device):
         narrow = torch.get_autocast_dtype(device)
         x, weight = (t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))
         bias = bias.to(weight.dtype) if bias is not None else None

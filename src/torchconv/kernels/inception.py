@@ -19,7 +19,7 @@ from torch import Tensor
 from torchconv._common import Size, check, check_choice, ntuple
 from torchconv.catalog import part
 from torchconv.kernels import depthwise
-from torchconv.kernels._custom import define, in_ordinary_operators
+from torchconv.kernels._custom import autocasts, define, in_ordinary_operators
 from torchconv.kernels._depthwise_forms import channels_last_format, is_channels_last
 from torchconv.kernels._triton_probe import trustworthy
 
@@ -104,7 +104,7 @@ def _fused(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dilation: tuple[int, ...], backend: str
 ) -> Tensor | None:
     """The layer in one launch, or None where it must be done otherwise."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         narrow = torch.get_autocast_dtype(x.device.type)
         x, *weights = (t.to(narrow) if t.dtype != torch.float64 else t for t in (x, *weights))
         biases = [None if b is None else b.to(narrow) for b in biases]

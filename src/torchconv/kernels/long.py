@@ -9,7 +9,6 @@ sequences whose transform would not fit, run by overlap-add.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.kernels import _long_forms as forms
-from torchconv.kernels._custom import define, in_ordinary_operators
+from torchconv.kernels._custom import define, in_ordinary_operators, without_autocast
 from torchconv.kernels._long_monarch import monarch
 
 BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
@@ -34,11 +33,6 @@ def _compute_type(x: Tensor, kernel: Tensor) -> torch.dtype:
     return torch.float32 if wide in _HALF else wide
 
 
-def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
-
-
 def _output(x: Tensor, kernel: Tensor, origin: int, chunk: int, backend: str, spectrum: Tensor | None) -> Tensor:
     length, dtype = x.shape[2], _compute_type(x, kernel)
     first, beyond = forms.trimmed(length, kernel.shape[2], origin)
@@ -46,7 +40,7 @@ def _output(x: Tensor, kernel: Tensor, origin: int, chunk: int, backend: str, sp
         return x.new_zeros(x.shape[0], kernel.shape[0], *x.shape[1:])
     wide, taps, origin = x.to(dtype), kernel[..., first:beyond].to(dtype), origin - first
     size = forms.block_length(length, beyond - first, chunk)
-    with _outside_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if backend == "triton" and (y := _by_triton(x, taps, origin)) is not None:
             return y
         if backend == "monarch":
@@ -85,7 +79,7 @@ def _gradients(
         taps = kernel[..., first:beyond].to(dtype)
         size = forms.block_length(length, beyond - first, chunk)
         args = (g.to(dtype), x.to(dtype), taps, origin - first)
-        with _outside_autocast(x.device.type):
+        with without_autocast(x.device.type):
             if size:
                 dx, dk = forms.blocked_gradients(*args, size, need_x, need_k)
             else:
@@ -309,7 +303,7 @@ def _seen_through(x: Tensor, kernel: Tensor, origin: int, backend: str) -> Tenso
     dtype = _compute_type(x, kernel)
     first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
     form = forms.SEEN_THROUGH.get(backend, forms.composite)
-    with _outside_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if first == beyond or any(isinstance(n, int) and n == 0 for n in x.shape):  # MKL transforms no empty batch
             return x.unsqueeze(1) * kernel[..., first:beyond].sum(-1, keepdim=True).to(x.dtype)
         return form(x.to(dtype), kernel[..., first:beyond].to(dtype), origin - first).to(x.dtype)

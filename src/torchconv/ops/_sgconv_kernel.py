@@ -148,7 +148,7 @@ class StructuredKernel(nn.Module):
         if "learnable" in mode:
             self.register_buffer("multiplier", torch.tensor(1.0, **options))
             start = torch.rand(channels, **options) * (decay_max - decay_min) + decay_min
-            self.decay = nn.Parameter(start, requires_grad="fixed" not in mode)
+            self.decay: nn.Parameter | None = nn.Parameter(start, requires_grad="fixed" not in mode)
         else:
             wide = torch.linspace(decay_min, decay_max, channels, device=device, dtype=dtype)
             self.register_buffer("multiplier", wide.reshape(1, -1, 1))
