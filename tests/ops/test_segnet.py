@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from torchconv.ops.segnet import (
     IndexPool,
     IndexUnpool,
-    SegNetLevel1d,
-    SegNetLevel2d,
-    SegNetLevel3d,
     index_pool,
     index_unpool,
     plane_indices,
 )
+from torchconv.ops.segnet_level import SegNetLevel1d, SegNetLevel2d, SegNetLevel3d
 
 POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 LEVELS = {1: SegNetLevel1d, 2: SegNetLevel2d, 3: SegNetLevel3d}

@@ -13,18 +13,17 @@ no multiplications; one pass over the map.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchconv._common import check, check_positive
+from torchconv._common import check
 from torchconv.catalog import part
-from torchconv.ops._common import BATCH_NORM, CONV, Size, check_input, conv_nd, fold_bn, make_conv, ntuple
+from torchconv.ops._common import Size, ntuple
 
 _POOL: tuple[Any, ...] = (None, F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
@@ -45,15 +44,23 @@ def plane_indices(offsets: Tensor, size: Sequence[int], kernel_size: Size = 2, s
         tensor([[[[5, 2]]]])
     """
     kernels, strides = _geometry(offsets.dim() - 2, kernel_size, stride)
-    rest, index = offsets.long(), torch.zeros((), dtype=torch.long, device=offsets.device)
-    scale = 1
-    for axis in reversed(range(len(kernels))):
-        shape = [-1 if a == axis else 1 for a in range(len(kernels))]
-        corner = torch.arange(offsets.shape[2 + axis], device=offsets.device).reshape(shape) * strides[axis]
-        index = index + scale * (corner + rest % kernels[axis])
-        rest = rest // kernels[axis]
+    windows = offsets.shape[2:]
+    # Looking up the distance from the window's corner is several times faster than dividing place by place.
+    distances = _flat([range(k) for k in kernels], size, offsets.device).flatten()
+    found = distances.index_select(0, offsets.flatten().int()).reshape(offsets.shape)
+    corners = [range(0, w * s, s) for w, s in zip(windows, strides, strict=True)]
+    return found + _flat(corners, size, offsets.device)
+
+
+def _flat(places: Sequence[range], size: Sequence[int], device: torch.device) -> Tensor:
+    """Row-major positions in a map of ``size`` for a grid of places along its axes."""
+    total, scale = torch.zeros((), dtype=torch.long, device=device), 1
+    for axis in reversed(range(len(places))):
+        shape = [-1 if a == axis else 1 for a in range(len(places))]
+        span = places[axis]
+        total = total + scale * torch.arange(span.start, span.stop, span.step, device=device).reshape(shape)
         scale *= size[axis]
-    return index
+    return total
 
 
 def _geometry(ndim: int, kernel_size: Size, stride: Size | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -61,15 +68,63 @@ def _geometry(ndim: int, kernel_size: Size, stride: Size | None) -> tuple[tuple[
     return kernels, kernels if stride is None else ntuple("stride", stride, ndim)
 
 
+def _read(x: Tensor, offsets: Tensor, kernels: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Values at the places."""
+    index = plane_indices(offsets, x.shape[2:], kernels, strides)
+    return _as(x.flatten(2).gather(2, index.flatten(2)).reshape(offsets.shape), x)
+
+
+def _write(
+    v: Tensor,
+    offsets: Tensor,
+    kernels: tuple[int, ...],
+    strides: tuple[int, ...],
+    size: tuple[int, ...],
+    add: bool,
+) -> Tensor:
+    """Values to the places of a map of zeros: added up where windows share one, or one of them kept."""
+    index = plane_indices(offsets, size, kernels, strides).flatten(2)
+    y = v.new_zeros(*v.shape[:2], math.prod(size))
+    y = y.scatter_add_(2, index, v.flatten(2)) if add else y.scatter_(2, index, v.flatten(2))
+    return _as(y.reshape(*v.shape[:2], *size), v)
+
+
+def _as(y: Tensor, like: Tensor) -> Tensor:
+    """In the memory layout of ``like``."""
+    if like.dim() in (4, 5) and not like.is_contiguous():
+        last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
+        return y.contiguous(memory_format=last) if like.is_contiguous(memory_format=last) else y
+    return y
+
+
+class _Pool(torch.autograd.Function):
+    """Maxima and their places; keeps the places only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernels: tuple[int, ...], strides: tuple[int, ...], ceil_mode: bool
+    ) -> tuple[Tensor, Tensor]:
+        pooled, offsets = _maxima(x, kernels, strides, ceil_mode)
+        ctx.mark_non_differentiable(offsets)
+        ctx.save_for_backward(offsets)
+        ctx.geometry = kernels, strides, tuple(x.shape[2:])
+        return pooled, offsets
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (offsets,) = ctx.saved_tensors
+        kernels, strides, size = ctx.geometry
+        return _Write.apply(grads[0], offsets, kernels, strides, size, True), None, None, None
+
+
 class _Read(torch.autograd.Function):
-    """Values at the places; keeps the places only."""
+    """See :func:`_read`; keeps the places only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, kernels: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.geometry = kernels, strides, tuple(x.shape[2:])
-        index = plane_indices(offsets, x.shape[2:], kernels, strides)
-        return x.flatten(2).gather(2, index.flatten(2)).reshape(offsets.shape)
+        return _read(x, offsets, kernels, strides)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -79,7 +134,7 @@ class _Read(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
-    """Values to the places: added up where windows share one (the adjoint of reading), or the same one kept."""
+    """See :func:`_write`; keeps the places only."""
 
     @staticmethod
     def forward(
@@ -93,11 +148,7 @@ class _Write(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.geometry = kernels, strides
-        index = plane_indices(offsets, size, kernels, strides).flatten(2)
-        flat = v.new_zeros(*v.shape[:2], math.prod(size))
-        values = v.flatten(2)
-        flat = flat.scatter_add(2, index, values) if add else flat.scatter(2, index, values)
-        return flat.reshape(*v.shape[:2], *size)
+        return _write(v, offsets, kernels, strides, size, add)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -106,11 +157,25 @@ class _Write(torch.autograd.Function):
         return _Read.apply(grads[0], offsets, kernels, strides), None, None, None, None, None
 
 
-def _keep_layout(y: Tensor, like: Tensor) -> Tensor:
-    if like.dim() in (4, 5) and not like.is_contiguous():
-        layout = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
-        return y.contiguous(memory_format=layout) if like.is_contiguous(memory_format=layout) else y
-    return y
+def _maxima(x: Tensor, kernels: tuple[int, ...], strides: tuple[int, ...], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's maxima, and their places in the windows from their places in the map."""
+    pool: Any = _POOL[len(kernels)]
+    small = math.prod(kernels) <= 256
+    if x.shape[0] == 0:  # refused by PyTorch
+        shape = pool(x.new_zeros(1, 1, *x.shape[2:]), kernels, strides, ceil_mode=ceil_mode).shape[2:]
+        pooled = x.new_zeros(0, x.shape[1], *shape)
+        return pooled, pooled.to(torch.uint8 if small else torch.int32)
+    pooled, index = pool(x, kernels, strides, ceil_mode=ceil_mode, return_indices=True)
+    corners = [range(0, w * s, s) for w, s in zip(index.shape[2:], strides, strict=True)]
+    rest = (index - _flat(corners, x.shape[2:], x.device)).int()
+    offsets, scale = torch.zeros_like(rest), 1
+    for axis in reversed(range(1, len(kernels))):
+        size = x.shape[2 + axis]
+        beyond = rest.div(size, rounding_mode="floor")
+        offsets = offsets + scale * (rest - size * beyond)
+        rest, scale = beyond, scale * kernels[axis]
+    offsets = offsets + scale * rest
+    return pooled, offsets.to(torch.uint8) if small else offsets
 
 
 @part(
@@ -145,25 +210,9 @@ def index_pool(
 
     Reference: arXiv 1511.00561, section 3.
     """
-    ndim = x.dim() - 2
-    kernels, strides = _geometry(ndim, kernel_size, stride)
-    size = tuple(x.shape[2:])
-    with torch.no_grad():
-        if x.numel() == 0:
-            shape = _POOL[ndim](x.new_zeros(1, 1, *size), kernels, strides, ceil_mode=ceil_mode).shape[2:]
-            index = torch.zeros(*x.shape[:2], *shape, dtype=torch.long, device=x.device)
-        else:
-            _, index = _POOL[ndim](x.detach(), kernels, strides, ceil_mode=ceil_mode, return_indices=True)
-        offsets, scale = torch.zeros_like(index), 1
-        for axis in reversed(range(ndim)):
-            shape = [-1 if a == axis else 1 for a in range(ndim)]
-            corner = torch.arange(index.shape[2 + axis], device=x.device).reshape(shape) * strides[axis]
-            offsets += scale * (index % size[axis] - corner)
-            index = index // size[axis]
-            scale *= kernels[axis]
-        offsets = offsets.to(torch.uint8 if scale <= 256 else torch.int32)
-    pooled: Tensor = _Read.apply(x, offsets, kernels, strides)
-    return _keep_layout(pooled, x), offsets
+    kernels, strides = _geometry(x.dim() - 2, kernel_size, stride)
+    found: tuple[Tensor, Tensor] = _Pool.apply(x, kernels, strides, ceil_mode)
+    return found
 
 
 @part(
@@ -203,7 +252,7 @@ def index_unpool(
     kernels, strides = _geometry(v.dim() - 2, kernel_size, stride)
     check(len(size) == v.dim() - 2, "size", tuple(size), f"needs {v.dim() - 2} spatial axes")
     y: Tensor = _Write.apply(v, offsets, kernels, strides, tuple(size), False)
-    return _keep_layout(y, v)
+    return y
 
 
 class IndexPool(nn.Module):
@@ -247,133 +296,3 @@ class IndexUnpool(nn.Module):
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
         return f"kernel_size={self.kernel_size}, stride={self.stride}"
-
-
-class ConvNorm(nn.Module):
-    """Convolution of any kernel with "same" padding, batch norm, and a ReLU if asked for."""
-
-    def __init__(self, ndim: int, channels: tuple[int, int], kernel_size: Size, relu: bool, **options: Any) -> None:
-        super().__init__()
-        self.conv = CONV[ndim](*channels, kernel_size, padding="same", **options)
-        self.bn = BATCH_NORM[ndim](channels[1], **options)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, \\*spatial) → (N, C', \\*spatial)."""
-        x = self.bn(conv_nd(x, self.conv.weight, self.conv.bias, padding="same"))
-        return F.relu(x) if self.relu else x
-
-    def merge(self) -> nn.Module:
-        """The convolution with the batch norm folded in."""
-        weight, bias = fold_bn(self.conv.weight, self.conv.bias, self.bn)
-        conv = make_conv(weight, bias, padding="same")
-        return nn.Sequential(conv, nn.ReLU()) if self.relu else conv
-
-
-class SegNetLevel(nn.Module):
-    """One level of SegNet: encode and pool, what is inside, unpool at the remembered maxima and decode.
-
-    y = decode(unpool(inner(pool(encode(x))))). Encoder and decoder have ``depth`` convolutions with batch norm each; a
-    SegNet is levels inside each other.
-
-    Args:
-        in_channels: of the input.
-        out_channels: of the result; unset is ``in_channels``.
-        width: channels of the pooled map; unset is ``in_channels``.
-        inner: module on the pooled map that keeps its shape, another level for example; unset is nothing.
-        kernel_size: of the convolutions (7 in SegNet-Basic, 3 in SegNet).
-        depth: convolutions on each side.
-        decoder_relu: ReLU after the decoder's convolutions too (SegNet; not in SegNet-Basic).
-
-    Shape:
-        (N, in_channels, \\*spatial) → (N, out_channels, \\*spatial), odd sizes included.
-
-    Raises:
-        ValueError: an argument is out of range.
-
-    Example:
-        >>> level = SegNetLevel2d(3, 5, width=16, inner=SegNetLevel2d(16))
-        >>> level(torch.zeros(1, 3, 11, 13)).shape
-        torch.Size([1, 5, 11, 13])
-
-    Reference: arXiv 1511.00561, section 3.
-    """
-
-    ndim: ClassVar[int] = 0
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int | None = None,
-        width: int | None = None,
-        inner: nn.Module | None = None,
-        kernel_size: Size = 7,
-        depth: int = 1,
-        decoder_relu: bool = False,
-        *,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        out_channels = in_channels if out_channels is None else out_channels
-        width = in_channels if width is None else width
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
-            check_positive(name, value)
-        check_positive("depth", depth)
-        kernel = ntuple("kernel_size", kernel_size, self.ndim)
-        self.in_channels, self.out_channels, self.width = in_channels, out_channels, width
-        options = {"device": device, "dtype": dtype}
-        ways = [(in_channels if i == 0 else width, width) for i in range(depth)]
-        self.encoder = nn.Sequential(*(ConvNorm(self.ndim, way, kernel, True, **options) for way in ways))
-        self.inner = nn.Identity() if inner is None else inner
-        ways = [(width, width if i < depth - 1 else out_channels) for i in range(depth)]
-        self.decoder = nn.Sequential(*(ConvNorm(self.ndim, way, kernel, decoder_relu, **options) for way in ways))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Go down, through and up again."""
-        check_input(x, self.in_channels, self.ndim)
-        x = self.encoder(x)
-        pooled, offsets = index_pool(x)
-        y: Tensor = self.decoder(index_unpool(self.inner(pooled), offsets, x.shape[2:]))
-        return y
-
-    @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """The level with its batch norms folded into the convolutions, levels inside included."""
-        merged = copy.deepcopy(self).eval()
-        for side in (merged.encoder, merged.decoder):
-            for number, block in enumerate(side):
-                side[number] = block.merge() if isinstance(block, ConvNorm) else block
-        if isinstance(merged.inner, SegNetLevel):
-            merged.inner = merged.inner.merge()
-        return merged
-
-
-class SegNetLevel1d(SegNetLevel):
-    """A level over (N, C, L)."""
-
-    ndim = 1
-
-
-@part(
-    "segnet-level",
-    paper="segnet",
-    kind="layer",
-    dims=(1, 2, 3),
-    merges="self",
-    probe={"build": {"in_channels": 4, "out_channels": 3, "kernel_size": 3}, "inputs": [[2, 4, 7, 9]]},
-    keywords="SegNet encoder decoder unpooling hourglass segmentation",
-)
-class SegNetLevel2d(SegNetLevel):
-    """One level of SegNet over (N, C, H, W): encode and pool, what is inside, unpool at the maxima and decode.
-
-    Arguments as :class:`SegNetLevel`.
-    """
-
-    ndim = 2
-
-
-class SegNetLevel3d(SegNetLevel):
-    """A level over (N, C, D, H, W)."""
-
-    ndim = 3
