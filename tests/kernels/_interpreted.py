@@ -85,6 +85,28 @@ def adaptive() -> None:
             torch.testing.assert_close(kernels.weight_gradient(b, a, weight.detach(), kernel), by_weight, **options)
 
 
+def scan() -> None:
+    from torchconv.kernels import _scan_triton as kernels
+    from torchconv.kernels.scan import _native, _native_backward
+
+    cases = [
+        (2, 6, 40, 3, 2, 2, torch.float32),
+        (1, 4, 130, 1, 1, 4, torch.float32),
+        (1, 8, 20, 5, 1, 1, torch.bfloat16),
+    ]
+    for batch, channels, length, states, groups_b, groups_c, dtype in cases:
+        u, g = noise(batch, channels, length, dtype=dtype), noise(batch, channels, length, seed=1, dtype=dtype)
+        delta, a = noise(batch, channels, length, seed=2).abs(), -noise(channels, states, seed=3).abs()
+        b = noise(batch, groups_b, states, length, seed=4, dtype=dtype)
+        c = noise(batch, groups_c, states, length, seed=5, dtype=dtype)
+        options = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+        expected = _native(u, delta, a, b, c, None, False)
+        torch.testing.assert_close(kernels.output(u, delta, a, b, c), expected, **options)
+        by = _native_backward(g, u, delta, a, b, c, None, False)
+        for got, want in zip(kernels.gradients(g, u, delta, a, b, c), by[:5], strict=True):
+            torch.testing.assert_close(got, want, **options)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     print(sys.argv[1])

@@ -20,6 +20,7 @@ _EXPORTS = {
     "long_conv": "long",
     "long_conv_spectrum": "long",
     "inception_conv": "inception",
+    "selective_scan": "scan",
 }
 
 __all__ = list(_EXPORTS)

@@ -38,7 +38,7 @@ def _tried(name: str, kind: str, index: int | None) -> bool:
         return False  # matrix units with float32 sums for both half precisions
     try:
         with torch.no_grad(), torch.autocast("cuda", enabled=False):
-            wrong = {"depthwise": _depthwise_error, "inception": _inception_error}[name](device)
+            wrong = _ERRORS[name](device)
         problem = f"they differ from PyTorch's by {wrong:.2g}" if not wrong < 0.02 else ""
     except Exception as error:  # whatever a compiler and a driver may say: there is another way
         problem = f"{type(error).__name__}: {error}"
@@ -98,3 +98,20 @@ def _inception_error(device: torch.device) -> float:
         (kernels.gradient_taps(x, x, shapes, (1, 1)), torch.cat(outer)),
     )
     return max(_off(got, expected) for got, expected in pairs)
+
+
+def _scan_error(device: torch.device) -> float:
+    """The largest relative error of the selective scan and its five gradients."""
+    from torchconv.kernels import _scan_triton as kernels
+    from torchconv.kernels.scan import _native, _native_backward
+
+    u, delta, g = (_numbers(device, 2, 8, 150).roll(k, 2) for k in range(3))
+    delta, a = delta.float().abs(), -_numbers(device, 8, 3).float().abs()
+    b, c = _numbers(device, 2, 2, 3, 150).float(), _numbers(device, 2, 1, 3, 150).float()
+    expected = _native(u.float(), delta, a, b, c, None, False)
+    by = _native_backward(g.float(), u.float(), delta, a, b, c, None, False)
+    found = (kernels.output(u, delta, a, b, c), *kernels.gradients(g, u, delta, a, b, c))
+    return max(_off(got, want) for got, want in zip(found, (expected, *by[:5]), strict=True))
+
+
+_ERRORS = {"depthwise": _depthwise_error, "inception": _inception_error, "scan": _scan_error}
