@@ -8,6 +8,7 @@ in one order. Memory read and written: u, δ, y forward, those and their gradien
 the sums, R channels in a program.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import math

@@ -5,7 +5,7 @@
 for every channel a state of N numbers (Gu & Dao, "Mamba", arXiv 2312.00752; in the plane arXiv 2401.10166 and
 2410.03174). Written as a loop it takes L steps of Python. Here time is cut in about √L chunks: all chunks advance
 together, which takes one step a position *of a chunk*, then the chunks' last states are passed on, one step a chunk,
-and each chunk's share of what came before is added with the decay since its start. Nothing is divided and no exponent is
+and each chunk's share of what came before is added with the decay since its start. Nothing is divided, no exponent is
 larger than the loop's, so that it is as safe as the loop; 2√L steps and about twice the loop's multiply-adds. Where a
 step of the loop is large enough by itself (many channels) there is one chunk, and it is the loop.
 
@@ -329,7 +329,8 @@ def _check(u: Tensor, delta: Tensor, a: Tensor, vectors: Sequence[tuple[str, Ten
         raise ValueError(f"delta of shape {tuple(delta.shape)}: expected u's {tuple(u.shape)}")
     if a.dim() != 2 or a.shape[0] != u.shape[1] or a.is_complex():
         raise ValueError(f"A of shape {tuple(a.shape)}, {a.dtype}: expected real ({u.shape[1]}, states)")
-    states, groups = a.shape[1], list[int]()
+    states = a.shape[1]
+    groups: list[int] = []
     for name, t in vectors:
         fits = t.shape == a.shape if t.dim() == 2 else t.shape[::2] == (u.shape[0], states) and t.shape[3] == u.shape[2]
         if not fits:
