@@ -1,4 +1,4 @@
-"""The command line: ``torchconv compare | list | show | search | claim | bench``."""
+"""The command line: ``torchconv compare | inspect | list | show | search | claim | bench``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _global(
 
 
 def _register() -> None:
-    from torchconv.cli import bench, catalogue, claims, compare
+    from torchconv.cli import bench, catalogue, claims, compare, inspect
 
-    for module in (compare, catalogue, claims, bench):
+    for module in (compare, inspect, catalogue, claims, bench):
         module.register(app)
 
 

@@ -6,7 +6,7 @@ Nothing is unpickled beyond tensors: ``.pth`` files are read with ``torch.load(w
 from torchconv.weights.official import load_official
 from torchconv.weights.reading import read_state
 from torchconv.weights.report import LoadReport, compare_states, load_into
-from torchconv.weights.store import from_pretrained, load, push_to_hub, save
+from torchconv.weights.store import from_pretrained, load, open_model, push_to_hub, save
 
 __all__ = [
     "LoadReport",
@@ -15,6 +15,7 @@ __all__ = [
     "load",
     "load_into",
     "load_official",
+    "open_model",
     "push_to_hub",
     "read_state",
     "save",

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from torchconv._common import atomic_write, require, write_json
+from torchconv._common import atomic_write, did_you_mean, require, write_json
 from torchconv._version import __version__
 from torchconv.weights.report import load_into
 
@@ -150,3 +150,31 @@ def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, mes
         api = hub.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+
+
+def open_model(spec: str, **options: Any) -> nn.Module:
+    """A network from what a user typed: ``timm:NAME``, ``torchconv:NAME``, or a saved folder or file.
+
+    Args:
+        spec: as above.
+        options: of a named network.
+
+    Returns:
+        The network in eval mode; a named one has fresh weights.
+
+    Raises:
+        ValueError: neither a known name nor something saved.
+    """
+    source, _, name = spec.partition(":")
+    if source == "torchconv":
+        model: nn.Module = importlib.import_module("torchconv.models").create_model(name, **options)
+        return model.eval()
+    if source == "timm":
+        timm = require("timm", "models")
+        if name not in timm.list_models():
+            raise ValueError(f"model={spec!r}: {did_you_mean(name, timm.list_models())[:300]}")
+        made: nn.Module = timm.create_model(name, **options)
+        return made.eval()
+    if Path(spec).exists():
+        return load(spec)
+    raise ValueError(f"model={spec!r}: give timm:NAME, torchconv:NAME, or a folder that torchconv saved")

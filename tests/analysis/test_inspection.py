@@ -1,0 +1,79 @@
+"""The inspection: sections gathered, verdicts first, files that open offline."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchconv.analysis import inspection
+from torchconv.analysis.inspection import inspect_model, plain, write_report
+from torchconv.analysis.section import Section
+from torchconv.cli import main
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).train()
+
+
+def test_receptive_field_of_a_small_stack(tmp_path: Path) -> None:
+    model = network()
+    found = inspect_model(model, image_size=20, only=("receptive-field",), title="<small>")
+    assert model.training
+    (section,) = found.sections
+    sides = {r["share of the contribution"]: r["side, pixels"] for r in section.tables["sides"]}
+    assert max(s for s in sides.values() if s) <= 7  # two 3 × 3 convolutions see 5 × 5
+    assert found.facts["parameters"] == sum(p.numel() for p in model.parameters())
+    page = write_report(found, tmp_path / "page.html").read_text()
+    assert "&lt;small&gt;" in page
+    assert section.verdict in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    rows = list(csv.DictReader((tmp_path / "page" / "receptive-field-sides.csv").open()))
+    assert len(rows) == len(sides)
+    assert json.loads((tmp_path / "page" / "inspection.json").read_text())["title"] == "<small>"
+    assert (tmp_path / "page" / "receptive-field-effective-receptive-field.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_fails_is_left_out_and_alarms_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Section:
+        raise ValueError("needs more")
+
+    made = {
+        "a": lambda _: Section("a", "A", "All is well.", "", "good"),
+        "b": lambda _: Section("b", "B", "Look here!", "", "bad", data={"x": torch.tensor([1.0, float("nan")])}),
+        "c": fail,
+    }
+    monkeypatch.setattr(inspection, "SECTIONS", made)
+    found = inspect_model(network(), image_size=16)
+    assert found.verdicts == ["Look here!", "All is well."]
+    assert found.left_out == {"c": "needs more"}
+    assert plain(inspection.as_data(found))["sections"][1]["data"]["x"] == [1.0, None]
+    with pytest.raises(ValueError, match="nothing could be inspected"):
+        inspect_model(network(), image_size=16, only=("c",))
+    with pytest.raises(ValueError, match="only"):
+        inspect_model(network(), only=("filterz",))
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "found.html"
+    options = ["--size", "32", "--only", "receptive-field", "-o", str(out), "--json"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "torchconv:convnext_dcls_mini", *options])
+    assert not stopped.value.code
+    assert json.loads(capsys.readouterr().out)["title"] == "torchconv:convnext_dcls_mini"
+    assert out.exists()
+    for wrong, hint in (("torchconv:nope", "model="), ("timm:resnet1888", "did you mean"), ("nowhere", "timm:NAME")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", wrong, "-o", str(tmp_path / "never.html")])
+        assert stopped.value.code == 2
+        assert hint in capsys.readouterr().err
+    assert not (tmp_path / "never.html").exists()
