@@ -1,0 +1,67 @@
+"""Layers of several convolutions: spectral, multi-kernel, atrous pyramids, index pooling, hyper-kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchconv.bench.cases import Case, Place, case
+from torchconv.ops.deeplab import ASPP2d
+from torchconv.ops.ffdnn import FFC2d
+from torchconv.ops.mhafyolo import MultiKernelReparamConv2d
+from torchconv.ops.segnet import index_pool, index_unpool
+from torchconv.ops.terminator import HyperZZWConv2d
+
+
+@case("ffc")
+def ffc(place: Place) -> Iterator[Case]:
+    """Fast Fourier convolution; a plain convolution of the same channels is a relative."""
+    layer = place.put(FFC2d(64))
+    dense = place.put(torch.nn.Conv2d(64, 64, 3, padding=1))
+    x, params = place.randn(4, 64, 32, 32), tuple(layer.parameters())
+    yield Case("4×64×32² ratio 0.5", layer, (x,), None, {"nn.Conv2d": dense}, params, alike=False)
+
+
+@case("multikernel-reparam")
+def multikernel(place: Place) -> Iterator[Case]:
+    """The merged kernel against the branches one by one, with fixed statistics."""
+    layer = place.put(MultiKernelReparamConv2d(64, kernel_size=9))
+    merged = place.put(layer.merge())
+    x = place.randn(4, 64, 40, 40)
+    yield Case("4×64×40² k=9, merged", merged, (x,), layer, params=tuple(merged.parameters()))
+
+
+@case("aspp")
+def aspp(place: Place) -> Iterator[Case]:
+    """Atrous spatial pyramid pooling; one convolution of the same channels is a relative."""
+    layer = place.put(ASPP2d(64, rates=(2, 4, 6, 8)))
+    dense = place.put(torch.nn.Conv2d(64, 64, 3, padding=2, dilation=2))
+    x, params = place.randn(2, 64, 32, 32), tuple(layer.parameters())
+    yield Case("2×64×32² rates 2…8", layer, (x,), None, {"nn.Conv2d d=2": dense}, params, alike=False)
+
+
+@case("index-pool")
+def pooling(place: Place) -> Iterator[Case]:
+    """Pooling and unpooling by positions against ``F.max_pool2d`` with indices and ``F.max_unpool2d``."""
+    x = place.randn(4, 32, 64, 64)
+
+    def ours(x: Tensor) -> Tensor:
+        y, offsets = index_pool(x)
+        return index_unpool(y, offsets, x.shape[2:])
+
+    def eager(x: Tensor) -> Tensor:
+        y, indices = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(y, indices, [2, 2])
+
+    yield Case("4×32×64²", ours, (x,), eager)
+
+
+@case("terminator")
+def terminator(place: Place) -> Iterator[Case]:
+    """The hyper-kernel, generated for each call, against its merged form."""
+    layer = place.put(HyperZZWConv2d(32))
+    x = place.randn(4, 32, 32, 32)
+    yield Case("4×32×32² k=7", layer, (x,), None, {"merged": layer.merge()}, tuple(layer.parameters()))
