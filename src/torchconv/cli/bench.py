@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,7 @@ def ops_command(
     from torchconv.bench.tables import pairs, roofline, where
 
     _threads(threads)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 170)  # a file or pipe takes whole rows
     with Console(stderr=True).status("measuring what the machine can do …") as status:
         result = bench_ops(
             tuple(s.strip() for s in ops.split(",") if s.strip()) if ops else (),
