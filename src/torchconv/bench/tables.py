@@ -71,18 +71,10 @@ def roofline(result: dict[str, Any], path: str | Path) -> None:
         span = [r["intensity"] for r in rows] or [1.0]
         low, high = min(span) / 1.5, max(max(span), roof["ridge"]) * 1.5
         axes.plot([low, roof["ridge"], high], [low * roof["gbs"], roof["gflops"], roof["gflops"]], color="black", lw=1)
-        for form in dict.fromkeys(r["form"] for r in rows):
-            colour, marker, size = looks.get(form, ("#e65100", "^", 22.0))
-            chosen = [r for r in rows if r["form"] == form]
-            axes.scatter(
-                [r["intensity"] for r in chosen],
-                [r["gflops"] for r in chosen],
-                s=size,
-                c=colour,
-                marker=marker,
-                label=form,
-                linewidths=1,
-            )
+        for form, (colour, marker, size) in {**looks, "published peer or relative": ("#e65100", "^", 22.0)}.items():
+            chosen = [r for r in rows if (r["form"] if r["form"] in looks else "published peer or relative") == form]
+            xs, ys = [r["intensity"] for r in chosen], [r["gflops"] for r in chosen]
+            axes.scatter(xs, ys, s=size, c=colour, marker=marker, label=form, linewidths=1)
         axes.set(xscale="log", yscale="log", title=name, xlabel="FLOPs per byte of the direct form")
         axes.grid(alpha=0.3, which="both", lw=0.4)
         axes.legend(fontsize=7)
