@@ -56,7 +56,8 @@ def layers(
     ``weight``. Transposed ones, those of one and three dimensions and linear layers are left out.
 
     Args:
-        source: a module, or a state dict, in which all entries of four dimensions are taken for kernels (it cannot
+        source: a module, of which layers that the forward pass (of its present mode) never calls are left out where it
+            can be traced; or a state dict, in which all entries of four dimensions are taken for kernels (it cannot
             tell transposed convolutions).
         kernel_size: 3 as in the paper, another size, or None for all above 1 × 1.
         depth: "graph" is the longest path from the input in the traced graph, as published; "order" that of the
@@ -96,7 +97,7 @@ def layers(
     distinct = sorted(set(reached.values()))
     ranks = {d: k for k, d in enumerate(distinct)}
     scales = _scales(source, graph) if fold_bn and graph is not None and isinstance(source, nn.Module) else {}
-    taken = []
+    taken: list[Layer] = []
     for name, weight in weights.items():
         size = tuple(weight.shape[2:])
         if name not in reached or (size != tuple(kinds) if kinds is not None else size == (1, 1)):
@@ -142,14 +143,20 @@ def _trace(model: nn.Module, names: set[str]) -> fx.Graph | None:
 
 
 def _longest_paths(graph: fx.Graph, names: set[str]) -> dict[str, int]:
-    """Operations on the longest path from an input to a convolution, itself included; of its first call."""
+    """Operations on the longest path from an input to a convolution, itself included; of its first call.
+
+    Convolutions inside of a module that is one node lie as deep as it does, and so does the network itself.
+    """
     length: dict[fx.Node, int] = {}
-    found: dict[str, int] = {}
+    found: dict[str, int] = {"": 0}
     for node in graph.nodes:
         before = max((length[n] for n in node.all_input_nodes), default=0)
         length[node] = before + node.op.startswith("call")
-        if node.op == "call_module" and node.target in names:
-            found.setdefault(str(node.target), length[node])
+        if node.op == "call_module":
+            target = str(node.target)
+            for name in names:
+                if name == target or name.startswith(f"{target}."):
+                    found.setdefault(name, length[node])
     return found
 
 
@@ -161,10 +168,10 @@ def _scales(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
         source = node.args[0] if node.args else None
         if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
-        norm = modules[node.target]
+        norm = modules[str(node.target)]
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None or len(source.users) != 1:
             continue
-        if _is_convolution(modules[source.target]):
+        if _is_convolution(modules[str(source.target)]):
             gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
             found[str(source.target)] = gamma / (norm.running_var + norm.eps).sqrt()
     return found

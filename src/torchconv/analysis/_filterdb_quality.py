@@ -196,10 +196,8 @@ def quality(weight: Tensor, eps: float = 0.01, min_filters: int = 9) -> LayerQua
             filters, weight = filters.float(), weight.float()
         sparse = sparse_mask(weight, eps)
         entropy = float(variance_entropy(filters))
-        clean = filters[~sparse] if bool(sparse.any()) else filters
-        clean_entropy = (
-            (entropy if clean is filters else float(variance_entropy(clean))) if len(clean) else float("nan")
-        )
+        clean = filters[~sparse]
+        clean_entropy = float(variance_entropy(clean)) if len(clean) else float("nan")
         values = filters.double().flatten()
         normal = (values - values.mean()) / values.std() if values.numel() > 1 else values * float("nan")
         return LayerQuality(

@@ -188,7 +188,7 @@ class Histogram:
     def __init__(self, basis: Basis, x_range: tuple[float, float], bins: int = 70, keep_zeros: bool = True) -> None:
         check_positive("bins", bins)
         low, high = float(x_range[0]), float(x_range[1])
-        check(np.isfinite([low, high]).all() and low < high, "x_range", x_range, "must be finite and ascending")
+        check(bool(np.isfinite([low, high]).all()) and low < high, "x_range", x_range, "must be finite and ascending")
         self.basis, self.x_range, self.bins, self.keep_zeros = basis, (low, high), bins, keep_zeros
         self.counts = np.zeros((len(basis.components), bins), dtype=np.int64)
         self.count = 0
