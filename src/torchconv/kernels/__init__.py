@@ -14,6 +14,7 @@ _EXPORTS = {
     "adaptive_downscale": "resample",
     "autotune": "_depthwise_tune",
     "causal_conv1d": "causal",
+    "deformable_sum": "deform",
     "depthwise_conv1d": "depthwise",
     "depthwise_conv2d": "depthwise",
     "depthwise_conv3d": "depthwise",

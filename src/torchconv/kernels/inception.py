@@ -97,7 +97,7 @@ def inception_conv(
     )
     # One concatenation is the cheapest form that autograd and compilers take: writing the branches into a clone or an
     # empty map costs as much forward and about twice as much backward.
-    return torch.cat((passed, *outputs), dim=1)
+    return torch.cat((passed, *outputs) if rest else tuple(outputs), dim=1)  # an empty part hides the memory format
 
 
 def _fused(
