@@ -18,7 +18,8 @@ RATES = {"atrous": (2, 4, 6, 8), "rate 1": (1, 1, 1, 1)}
     source="arXiv 1606.00915, abstract, sections 3.1 and 3.2",
     experiment="Noisy 40 × 40 images with one large disc or square of the same brightness, labelled by its kind; two 3 "
     "× 3 convolutions of 12 channels, a pyramid of four 3 × 3 branches, a 1 × 1 classifier. Rates 2, 4, 6, 8 against "
-    "four times rate 1, equal parameters, multiply-adds and starts, paired seeds. Effect: mean intersection over union.",
+    "four times rate 1, equal parameters, multiply-adds and starts, paired seeds. Effect: mean intersection over "
+    "union.",
 )
 def run(budget: str, progress: Progress) -> Evidence:
     """Train both pyramids on the same images and compare the overlap."""
