@@ -17,6 +17,7 @@ _SUBPACKAGES = (
     "compare",
     "compress",
     "data",
+    "initializers",
     "kernels",
     "models",
     "ops",
