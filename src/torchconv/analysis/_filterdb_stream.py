@@ -39,19 +39,19 @@ def chunks(filters: Any, rows: int = CHUNK) -> Iterator[Array]:
         yield piece.reshape(len(piece), -1)
 
 
-def _scaled_columns(rows: Array, keep_zeros: bool = True) -> Array:
-    """(taps, n): every filter divided by its largest magnitude, an all-zero one left (or left out)."""
+def _scaled_columns(rows: Array, keep_zeros: bool = True) -> tuple[Array, int]:
+    """(taps, n), every filter divided by its largest magnitude, all-zero ones left or left out; how many of those."""
     columns = np.ascontiguousarray(rows.T, dtype=np.float64)
     peak = np.maximum.reduce(np.abs(columns), axis=0)
     if not np.isfinite(peak).all():
         raise ValueError("filters: hold values that are not finite; leave those layers out")
-    empty = peak == 0
-    if empty.any():
-        if not keep_zeros:
-            return np.ascontiguousarray(columns[:, ~empty]) / peak[~empty]
-        peak[empty] = 1.0
+    zeros = len(peak) - int(np.count_nonzero(peak))
+    if zeros and keep_zeros:
+        peak[peak == 0] = 1.0
+    elif zeros:
+        columns, peak = np.ascontiguousarray(columns[:, peak > 0]), peak[peak > 0]
     columns /= peak
-    return columns
+    return columns, zeros
 
 
 def scale(filters: Any) -> Array:
@@ -68,7 +68,7 @@ def scale(filters: Any) -> Array:
         array([[ 0.25, -1.  ],
                [ 0.  ,  0.  ]])
     """
-    return np.concatenate([np.ascontiguousarray(_scaled_columns(c).T) for c in chunks(filters)])
+    return np.concatenate([np.ascontiguousarray(_scaled_columns(c)[0].T) for c in chunks(filters)])
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Basis:
 
     def coefficients(self, filters: Any) -> Array:
         """(n, taps) coordinates of filters, which are scaled first."""
-        return np.concatenate([self._columns(_scaled_columns(c)).T for c in chunks(filters)])
+        return np.concatenate([self._columns(_scaled_columns(c)[0]).T for c in chunks(filters)])
 
     def _columns(self, scaled: Array) -> Array:
         return self.components @ scaled - (self.components @ self.mean)[:, None]
@@ -118,8 +118,7 @@ class Moments:
     def update(self, filters: Any) -> None:
         """Add filters."""
         for rows in chunks(filters):
-            zeros = len(rows) - int(np.count_nonzero(rows.any(1))) if not rows.all() else 0
-            columns = _scaled_columns(rows, self.keep_zeros)
+            columns, zeros = _scaled_columns(rows, self.keep_zeros)
             if self._sum is None or self._outer is None:
                 self._sum, self._outer = np.zeros(len(columns)), np.zeros((len(columns),) * 2)
             check(len(self._sum) == len(columns), "filters", rows.shape, f"must have {len(self._sum)} taps as before")
@@ -170,7 +169,7 @@ class Extremes:
     def update(self, filters: Any) -> None:
         """Add filters."""
         for rows in chunks(filters):
-            found = self.basis._columns(_scaled_columns(rows, self.keep_zeros))
+            found = self.basis._columns(_scaled_columns(rows, self.keep_zeros)[0])
             if found.size:
                 self.low, self.high = min(self.low, float(found.min())), max(self.high, float(found.max()))
 
@@ -197,7 +196,7 @@ class Histogram:
         """Add filters."""
         low, high = self.x_range
         for rows in chunks(filters):
-            found = self.basis._columns(_scaled_columns(rows, self.keep_zeros))
+            found = self.basis._columns(_scaled_columns(rows, self.keep_zeros)[0])
             self.count += found.shape[1]
             found -= low
             found /= high - low
