@@ -27,11 +27,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys)
     assert code == 0
-    for command in ("compare", "inspect", "list", "show", "search", "claim", "bench"):
+    for command in ("compare", "inspect", "swap", "list", "show", "search", "claim", "bench"):
         assert command in out
 
 
-@pytest.mark.parametrize("command", ["compare", "inspect", "list", "show", "search", "claim", "bench"])
+@pytest.mark.parametrize("command", ["compare", "inspect", "swap", "list", "show", "search", "claim", "bench"])
 def test_every_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

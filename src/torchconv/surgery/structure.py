@@ -37,7 +37,7 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` where the submodule ``path`` is, under every name that the old one has (shared modules)."""
     old = model.get_submodule(path)
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() names a shared one once
             if child is old:
                 setattr(parent, name, module)
 

@@ -1,0 +1,57 @@
+"""``torchconv swap``: operators in place of a network's convolutions."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def swap(
+    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder.")],
+    to: Annotated[str, typer.Option(help="Operator with options, as in dcls:kernel_size=9.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for config.json and model.safetensors.")],
+    where: Annotated[
+        str, typer.Option(help="all, spatial, depthwise, pointwise, stem, or a pattern for names.")
+    ] = "spatial",
+    keep_weights: Annotated[bool, typer.Option(help="Carry weights over where there is a way to.")] = True,
+    size: Annotated[int, typer.Option(min=8, help="Side of the noise image that outputs are compared on.")] = 64,
+) -> None:
+    """Put an operator in place of a network's convolutions and save the result.
+
+    [bold]Examples[/bold]
+
+      torchconv swap timm:resnet18 --to dcls -o resnet18-dcls
+
+      torchconv swap timm:convnext_atto --to unireplknet:kernel_size=13 --where depthwise -o large
+
+      torchconv swap trained/ --to apriori:rank=8 --where "layer4.*" -o factored
+    """
+    import torch
+    from torch import nn
+
+    from torchconv.surgery import swap as carry_out
+    from torchconv.weights import open_model, save
+
+    op, *pairs = to.split(":")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    network = open_model(model)
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    example = torch.randn(1, first.in_channels, size, size) if first is not None else None
+    changed = carry_out(network, op, where=where, keep_weights=keep_weights, example=example, **options)
+    save(changed, out)
+    typer.echo(str(changed.swap_report))
+    typer.echo(f"saved: {out}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("swap")(swap)

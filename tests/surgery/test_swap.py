@@ -1,0 +1,116 @@
+"""Operators in place of convolutions: what is carried over exactly, what is refused, what is saved."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchconv.models import create_model
+from torchconv.ops.dcls import DCLSConv2d
+from torchconv.surgery import swap
+from torchconv.weights import from_pretrained, save
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 12, 1),
+        nn.Conv2d(12, 12, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(12, 8, 3, padding=2, dilation=2),
+    ).eval()
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 17, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("to", "where", "exact"),
+    [
+        ("conv", "all", 5),
+        ("dcls", "spatial", 2),
+        ("tunable", "spatial", 3),
+        ("weightedconv", "spatial", 3),
+        ("unireplknet", "depthwise", 1),
+        ("depthwise", "depthwise", 1),
+    ],
+)
+def test_exact_transfers(to: str, where: str, exact: int) -> None:
+    model, x = network(), image()
+    before = copy.deepcopy(model.state_dict())
+    new: Any = swap(model, to, where=where, example=x)
+    report = new.swap_report
+    assert [row.transfer for row in report.layers] == ["exact"] * exact, str(report)
+    assert report.difference < 1e-4
+    with torch.no_grad():
+        assert torch.allclose(new(x), model(x), atol=1e-4)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the original is left as it is"
+    assert not new.training
+
+
+def test_fresh_and_approximate() -> None:
+    fresh: Any = swap(network(), "dcls", where="5", keep_weights=False)
+    assert [row.transfer for row in fresh.swap_report.layers] == ["fresh"]
+    factored: Any = swap(network(), "apriori", where="5", rank=8)
+    (row,) = factored.swap_report.layers
+    assert row.transfer in ("exact", "approximate")
+    gate: Any = swap(network(), "eca", where="3", example=image())
+    assert gate.swap_report.difference > 0.01
+    assert "fresh" in str(gate.swap_report)
+
+
+def test_what_cannot_be_replaced_is_named() -> None:
+    model: Any = swap(network(), "dcls", where="all")
+    assert "dilation" in model.swap_report.kept["6"]
+    with pytest.raises(ValueError, match="matches no convolution"):
+        swap(network(), "dcls", where="nothing*")
+    with pytest.raises(ValueError, match="did you mean dcls"):
+        swap(network(), "dclz")
+    with pytest.raises(ValueError, match="kernel_siz"):
+        swap(network(), "dcls", where="5", kernel_siz=3)
+
+    class Scaled(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="own way"):
+        swap(nn.Sequential(nn.Conv2d(3, 3, 1), Scaled(3, 3, 3, padding=1)), "conv")
+
+
+def test_selection_training_and_sharing() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), shared, nn.ReLU(), shared).train().double()
+    new: Any = swap(model, "dcls", where=lambda name, conv: conv.in_channels == 4)
+    assert isinstance(new[1], DCLSConv2d)
+    assert new[1] is new[3]
+    assert new[1].training
+    assert new[1].weight.dtype == torch.float64
+    stem: Any = swap(model, "conv", where="stem")
+    assert [row.path for row in stem.swap_report.layers] == ["0"]
+
+
+def test_a_swapped_network_trains_saves_and_loads(tmp_path: Path) -> None:
+    base = create_model("eca_resnet18", num_classes=3).eval()
+    new: Any = swap(base, "tunable", where="layer1.0.*", example=torch.randn(1, 3, 32, 32))
+    assert new.swap_report.layers
+    save(new, tmp_path / "net")
+    again = from_pretrained(tmp_path / "net")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), new.eval()(x))
+    timm = pytest.importorskip("timm")
+    resnet = timm.create_model("resnet10t", num_classes=3).eval()
+    changed: Any = swap(resnet, "dcls", where="spatial", example=torch.randn(1, 3, 64, 64))
+    assert changed.swap_report.difference < 1e-4, str(changed.swap_report)
+    save(changed, tmp_path / "resnet")
+    assert torch.equal(from_pretrained(tmp_path / "resnet")(x), changed(x))
+    changed.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for p in changed.parameters())
