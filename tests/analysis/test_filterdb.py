@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,27 @@ def test_published_layout(tmp_path: Path) -> None:
         file.create_group("meta/x")
     with pytest.raises(ValueError, match="table format"):
         db.Database.open(tmp_path / "other.h5")
+
+
+class Bomb:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_is_unpickled(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    database().save(tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        attributes = file["meta/table"].attrs
+        attributes["conv_depth_kind"] = np.bytes_(pickle.dumps(["conv_depth", Bomb(tmp_path / "ran")], 0))
+    with pytest.raises(ValueError, match="column block conv_depth names"):
+        db.Database.open(tmp_path / "x.h5")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_files_that_are_not_ours(tmp_path: Path) -> None:

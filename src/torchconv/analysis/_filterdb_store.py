@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from torchconv._common import atomic_write, check, require
 from torchconv.analysis._filterdb_layers import Source, layers
@@ -128,7 +130,6 @@ class Database:
                         out[first : first + len(piece)] = piece.reshape(len(piece), -1)
                     _write_table(file, self.records)
                 return
-            save_file = require("safetensors.numpy", "inspect").save_file
             count = len(self.filters)
             tensors = {
                 "filters": np.ascontiguousarray(self.filters[:], np.float32).reshape(count, -1),
@@ -150,11 +151,15 @@ class Database:
         if not path.is_file():
             raise FileNotFoundError(f"path={str(path)!r}: no such file")
         if _kind(path) == "hdf5":
-            file = require("h5py", "inspect").File(path, "r")
-            name = next((n for n in ("filters", "filter") if n in file), None)
-            check(name is not None and "meta" in file, "path", str(path), "has no /filters and /meta")
-            return cls(file[name], tuple(_read_table(file, path)))
-        with require("safetensors", "inspect").safe_open(path, "np") as file:
+            file = require("h5py", "inspect").File(path, "r")  # stays open as long as its filters are in use
+            try:
+                name = next((n for n in ("filters", "filter") if n in file), None)
+                check(name is not None and "meta" in file, "path", str(path), "has no /filters and /meta")
+                return cls(file[name], tuple(_read_table(file, path)))
+            except Exception:
+                file.close()
+                raise
+        with safe_open(path, "np") as file:
             records = json.loads((file.metadata() or {}).get("records", "[]"))
             bounds = zip(file.get_tensor("start").tolist(), file.get_tensor("stop").tolist(), strict=True)
             whole = [{**r, "start": a, "stop": b} for r, (a, b) in zip(records, bounds, strict=True)]
