@@ -452,7 +452,7 @@ def test_autotuning_without_a_place_to_write(tmp_path):
 
 @given(problem=problems(), last=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_recording_gradients_does_not_change_the_output(problem, last, dtype):
+def test_recording_gradients_changes_the_output_by_rounding_at_most(problem, last, dtype):
     ndim, x_shape, w_shape, stride, padding, dilation = problem
     x, w, b = tensors(x_shape, w_shape, dtype)
     if last and ndim > 1:
@@ -461,4 +461,4 @@ def test_recording_gradients_does_not_change_the_output(problem, last, dtype):
         patch.setattr(forms, "_IMAGES", 16)
         recorded = DEPTHWISE[ndim](x, w, b, stride, padding, dilation)
         with torch.no_grad():
-            assert torch.equal(DEPTHWISE[ndim](x, w, b, stride, padding, dilation), recorded)
+            torch.testing.assert_close(DEPTHWISE[ndim](x, w, b, stride, padding, dilation), recorded)

@@ -132,6 +132,13 @@ def _attention_extra(a: Mapping[str, Any]) -> Work:
     return _elementwise(6 * scores)
 
 
+def _attention(a: Mapping[str, Any]) -> Work:
+    """Both products, for the kernels that some releases of torch leave out of their registry."""
+    query, key, value = a["query"], a["key"], a["value"]
+    scores = query.numel() // max(query.shape[-1], 1) * key.shape[-2]
+    return {"matmul": 2 * scores * (query.shape[-1] + value.shape[-1]), **_attention_extra(a)}
+
+
 #: Element-wise work that comes with an operator whose products the torch registry counts.
 EXTRAS: dict[str, Formula] = {
     "convolution": _bias,
@@ -295,6 +302,7 @@ ATEN: dict[str, Formula] = {
     "addmv": _product("mat", "vec", added=True),
     "dot": _product("self", "tensor"),
     "vdot": _product("self", "other"),
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_int_mm": lambda a: {"matmul": 2 * a["self"].numel() * a["mat2"].shape[1]},
     "addbmm": _addbmm,
     "mkldnn_rnn_layer": _mkldnn_rnn,

@@ -17,7 +17,7 @@ from torchconv._common import check_choice
 VERSIONS = ("v0", "v1", "max", "gauss")
 AXIS_ORDERS = ("spatial", "official")
 LEAST_WIDTH = {"max": 1.0, "gauss": 0.27}
-_LEAST_EXPONENT = -40.0  # 4e-18: next to nothing, but products of two are no denormals, which take 50 times as long
+_LEAST_EXPONENT = {torch.float32: -40.0, torch.float64: -350.0}  # e to it, squared, is still a normal number
 _NO_MASS = 1e-7  # keeps the normalisation finite when a window lies wholly outside the grid
 
 
@@ -34,7 +34,7 @@ def _window(offset: Tensor, width: Tensor | None, version: str) -> Tensor:
     if version == "gauss":
         assert width is not None
         exponent = (offset * width.reciprocal().unsqueeze(-1)).square().mul(-0.5)
-        return exponent.clamp(min=_LEAST_EXPONENT).exp()
+        return exponent.clamp(min=_LEAST_EXPONENT[exponent.dtype]).exp()
     if version == "max":
         assert width is not None
         return (width.unsqueeze(-1) - offset.abs()).relu()

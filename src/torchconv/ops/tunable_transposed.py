@@ -1,4 +1,4 @@
-"""Tunable transposed convolution. It is not in the paper; see :mod:`torchconv.ops.tunable` for the idea and its cost.
+"""Tunable transposed convolution (arXiv 2304.00898 has the plain one; see :mod:`torchconv.ops.tunable`).
 
 Kernels follow ``nn.ConvTransposeNd``, (in, out/groups, \\*kernel), behind the axes of the slots.
 """
