@@ -1,0 +1,195 @@
+"""The claim of the cross-species comparison: early blocks of frozen networks see human and cat pictures alike."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from torchconv.claims import Evidence, Progress, claim
+
+DEPTHS = (20, 32, 44, 56)
+LUMINANCE = (0.299, 0.587, 0.114)
+BLURS = (0.0, 0.5, 1.0)
+
+
+@claim(
+    key="cka",
+    says="Shown pictures as a human and as a cat sees them, frozen encoders represent the two alike, most so in early "
+    "blocks, and less with depth.",
+    source="arXiv 2511.02404, layer-wise results (peak at early blocks for the most aligned encoder)",
+    experiment="CIFAR-10 ResNet-20, 32, 44, 56 as trained by others, test images (JPEG copy) and the same through a "
+    "model of a cat's eye: red and green become one, colours pale, blur of 0, 0.5 or 1 pixel. Unbiased linear CKA, RBF "
+    "CKA and RSA of every block, features averaged over positions. Effect: mean CKA of the first third of the blocks "
+    "less that of the last third, averaged over the networks, at the blur where it is smallest. Interval: from random "
+    "halves of the images. Control: pictures paired wrongly.",
+)
+def run(budget: str, progress: Progress) -> Evidence:
+    """Profiles over blocks of trained networks; needs the weights in a folder ``cifar10_resnet``."""
+    import torch
+
+    from torchconv.analysis.cka import blocks, compare_layers, features
+    from torchconv.data import load, normalise
+
+    files = _files()
+    if not files:
+        return _missing()
+    draws, count = (40, 300) if budget == "quick" else (200, 2000)
+    test = load("cifar10").test
+    pictures = test.x[:count].float() / 255
+    mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which the networks were trained
+    views = {blur: normalise(cat_view(pictures, blur), mean, deviation) for blur in BLURS}
+    human = normalise(pictures, mean, deviation)
+    generator = torch.Generator().manual_seed(0)
+    halves = [torch.randperm(len(human), generator=generator)[: len(human) // 2] for _ in range(draws)]
+    networks = {depth: _network(depth, path) for depth, path in files.items()}
+    found: dict[str, Any] = {}
+    drops: dict[float, list[Any]] = {blur: [] for blur in BLURS}
+    spreads: dict[float, list[Any]] = {blur: [] for blur in BLURS}
+    for depth, model in networks.items():
+        names = [n for n in blocks(model) if n.startswith("layer")]
+        wanted = [*names, "linear"]
+        x = features(model, human, wanted, batch_size=100)
+        here: dict[str, Any] = {"accuracy": _accuracy(x.pop("linear"), test.y)}
+        found[f"ResNet-{depth}"] = here
+        for blur, cat in views.items():
+            y = features(model, cat, wanted, batch_size=100)
+            accuracy = _accuracy(y.pop("linear"), test.y)
+            here[f"blur {blur}"] = {"accuracy": accuracy, **_profiles(x, y, halves[0])}
+            drops[blur].append(_drop(x, y, slice(None)))
+            spreads[blur].append(torch.stack([_drop(x, y, rows) for rows in halves]))
+            progress(f"ResNet-{depth}, blur {blur}: first third above last third by {float(drops[blur][-1]):.3f}")
+    means = {blur: float(torch.stack(d).mean()) for blur, d in drops.items()}
+    least = min(BLURS, key=lambda blur: means[blur])
+    half_width = 1.96 * float(torch.stack(spreads[least]).mean(0).std())
+    first, last = min(networks), max(networks)
+    table = compare_layers(networks[first], networks[last], human, batch_size=150)
+    stages = [a[:6] == b[:6] for a, b, _ in table.best() if a.startswith("layer")]
+    return Evidence(
+        effect=means[least],
+        low=means[least] - half_width,
+        high=means[least] + half_width,
+        unit="CKA",
+        meaning="positive: early blocks agree more on the two views than late ones",
+        measurements={
+            "drop_by_blur": {str(blur): value for blur, value in means.items()},
+            "networks": found,
+            "images": len(human),
+            "draws": draws,
+            "best_partner_in_same_stage": {"from": first, "to": last, "share": sum(stages) / len(stages)},
+        },
+        notes=[
+            "The paper's encoders (ImageNet CNNs, supervised and DINO ViTs) and its filter are not here: this tests "
+            "the fall with depth on small CNNs and a filter of our own, not the order of the architectures.",
+            "Pictures of 32 pixels bear little blur: the networks' accuracies on every view are given, and the fall "
+            "with depth goes with them.",
+            "The interval is over images, for these networks.",
+        ],
+    )
+
+
+def cat_view(pictures: Any, blur: float) -> Any:
+    """A cat's colours and acuity, roughly: two cone types, pale colours, a Gaussian blur; (N, 3, H, W) in [0, 1]."""
+    import torch
+    from torch.nn import functional
+
+    red, green, blue = pictures.unbind(1)
+    both = (red + green) / 2
+    two = torch.stack([both, both, blue], 1)
+    grey = (two * two.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
+    pale = 0.5 * two + 0.5 * grey
+    if not blur:
+        return pale
+    taps = torch.exp(-torch.arange(-3, 4).square() / (2 * blur**2))
+    taps = taps / taps.sum()
+    kernel = (taps[:, None] * taps).expand(3, 1, 7, 7)
+    return functional.conv2d(functional.pad(pale, (3, 3, 3, 3), mode="replicate"), kernel, groups=3)
+
+
+def _accuracy(scores: Any, labels: Any) -> float:
+    return float((scores.argmax(1) == labels[: len(scores)]).float().mean())
+
+
+def _drop(x: dict[str, Any], y: dict[str, Any], rows: Any) -> Any:
+    """Mean CKA of the first third of the blocks less that of the last third, on some of the images."""
+    profile = _profile(x, y, rows)
+    third = len(profile) // 3
+    return profile[:third].mean() - profile[-third:].mean()
+
+
+def _profiles(x: dict[str, Any], y: dict[str, Any], half: Any) -> dict[str, Any]:
+    """The blocks' scores by every measure, and the largest score of wrongly paired pictures."""
+    import torch
+
+    from torchconv.analysis.cka import MEASURES
+
+    profile = _profile(x, y, slice(None))
+    rolled = {n: v.roll(1, 0) for n, v in y.items()}
+    rsa = torch.stack([MEASURES["rsa-spearman"](x[n][half], y[n][half]) for n in x])
+    rbf = torch.stack([MEASURES["rbf"](x[n], y[n]) for n in x])
+    return {
+        "cka_linear": profile.tolist(),
+        "cka_rbf": rbf.tolist(),
+        "rsa_on_half": rsa.tolist(),
+        "peak_block": list(x)[int(profile.argmax())],
+        "wrongly_paired_largest": float(_profile(x, rolled, slice(None)).abs().max()),
+    }
+
+
+def _profile(x: dict[str, Any], y: dict[str, Any], rows: Any) -> Any:
+    import torch
+
+    from torchconv.analysis.cka import cka
+
+    return torch.stack([cka(x[n][rows], y[n][rows]) for n in x])
+
+
+def _network(depth: int, path: Path) -> Any:
+    """The CIFAR ResNet with the parameter names of the trained file."""
+    from torch import nn
+
+    from torchconv.compare.nets import BasicBlock
+    from torchconv.weights import read_state
+
+    def convolution(in_channels: int, channels: int, stride: int) -> nn.Module:
+        return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+
+    parts: OrderedDict[str, nn.Module] = OrderedDict(conv1=convolution(3, 16, 1))
+    parts |= {"bn1": nn.BatchNorm2d(16), "act": nn.ReLU()}
+    channels = 16
+    for stage, width in enumerate((16, 32, 64), 1):
+        stack = []
+        for block in range((depth - 2) // 6):
+            stack.append(BasicBlock(convolution, channels, width, 2 if stage > 1 and not block else 1, 2))
+            channels = width
+        parts[f"layer{stage}"] = nn.Sequential(*stack)
+    parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "linear": nn.Linear(64, 10)}
+    model = nn.Sequential(parts)
+    model.load_state_dict(read_state(path))
+    return model.eval()
+
+
+def _files() -> dict[int, Path]:
+    from torchconv.data.named import places
+
+    found: dict[int, Path] = {}
+    for place in places(None):
+        for depth in DEPTHS:
+            for path in sorted((place / "cifar10_resnet").glob(f"resnet{depth}-*.th"))[:1]:
+                found.setdefault(depth, path)
+    return found
+
+
+def _missing() -> Evidence:
+    return Evidence(
+        effect=0.0,
+        low=0.0,
+        high=0.0,
+        unit="CKA",
+        meaning="nothing was measured",
+        verdict="inconclusive",
+        notes=[
+            "The weights are missing, so nothing was measured: put resnet20-*.th to resnet56-*.th (trained CIFAR-10 "
+            "networks) into a folder cifar10_resnet and name its parent with $TORCHCONV_DATA."
+        ],
+    )
