@@ -48,6 +48,7 @@ RANDOM: dict[str, Callable[..., Tensor]] = {
     "constant": laws.constant,
 }
 BANKS = ("dct", "gabor")
+MAX_FEATURES = 1152  # 128 channels of 3 × 3: whitening wider patches takes minutes and finds little
 LEARNED = ("patches", "pca", "ica", "kmeans", "spherical_kmeans", "conv_kmeans", "sparse", "som")
 METHODS = (*RANDOM, "dirac", *BANKS, *LEARNED, "lsuv")
 
@@ -73,8 +74,9 @@ def init(
     Laws and closed forms: the names in ``RANDOM``, and "dirac" (identity). Fixed banks: "dct", "gabor". Learned
     from images layer by layer, each on what the layers before it, already filled, make of them: the names in
     ``LEARNED`` and "lsuv". Banks and learned filters go to convolutions of more than one tap; 1 × 1 convolutions,
-    transposed and linear layers get "he_normal" beside them, and "delta_orthogonal" leaves "orthogonal" to layers
-    that cannot have it. Layers of other classes keep their weights; so do normalisations.
+    transposed and linear layers get "he_normal" beside them, as do those whose filters have more than 1152 weights
+    when filters are learned, and "delta_orthogonal" leaves "orthogonal" to layers that cannot have it. Layers of other
+    classes keep their weights; so do normalisations.
 
     Banks give every filter the norm ``gain``; learned filters are scaled until the layer's output has unit variance on
     the data. A bank with fewer filters than the layer is used again with other mixtures of the input channels; after
@@ -196,7 +198,7 @@ def _learn_all(
         if module in seen:
             return
         shape = shape_of(module)
-        if has_taps(module):
+        if has_taps(module) and math.prod(shape[1:]) <= MAX_FEATURES:
             weight = learn_filters(_layer_input(module, args[0]), shape, method, generator=generator, **options)
         else:
             weight = RANDOM["he_normal"](shape, generator=generator, dtype=draw_dtype(module))
