@@ -276,9 +276,9 @@ def test_every_method_on_a_model(method: str) -> None:
         elif method != "constant":
             assert tensor.any()
     if method in ti.LEARNED:  # the layers of more than one tap give unit variance
-        first = model[0](data)
+        first = model[0](data).detach()
         assert float(first.std()) == pytest.approx(1, rel=1e-2)
-        assert float(model[2](first.relu()).std()) == pytest.approx(1, rel=1e-2)
+        assert float(model[2](first.relu()).detach().std()) == pytest.approx(1, rel=1e-2)
         shape_sum = model[0].weight.sum((1, 2, 3)).abs().max() / model[0].weight.flatten(1).norm(dim=1).max()
         assert method == "conv_kmeans" or shape_sum < 1e-3  # no filter answers to constant images
 
@@ -343,6 +343,24 @@ def test_which_layers() -> None:
 def test_refusals(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_wide_layers_are_not_whitened() -> None:
+    data = torch.rand(2, 130, 6, 6, generator=seeded())
+    model = ti.init(nn.Conv2d(130, 4, 3), "pca", data=data)
+    assert float(model(data).detach().std(correction=0)) == pytest.approx(1, rel=1e-3)
+
+
+def test_layers_that_do_not_run_are_named() -> None:
+    class Skips(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self[0](x)
+            return out
+
+    model = Skips(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
+    with pytest.raises(ValueError, match=r"layers=\['1'\]: did not run"):
+        ti.init(model, "pca", data=torch.rand(4, 1, 8, 8))
+    assert list(ti.lsuv(model, torch.rand(4, 1, 8, 8))) == ["0"]
 
 
 # Size and number
