@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -408,3 +409,26 @@ def test_section_of_the_report(tmp_path: Path) -> None:
     assert all(r["layer"] == r["most similar layer of the other"] for r in section.tables["most-similar"])
     write_report(found, tmp_path / "page.html")
     assert (tmp_path / "page" / "similarity-layer-by-layer.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_trained_networks_agree_stage_by_stage() -> None:
+    from torchconv.claims.cka import _files, _network, cat_view
+
+    files = _files()
+    images = next(Path(os.environ.get("TORCHCONV_DATA", "nowhere")).glob("cifar10_lossless/*.npz"), None)
+    if len(files) < 4 or images is None:
+        pytest.skip("needs cifar10_resnet/ and cifar10_lossless/ in $TORCHCONV_DATA")
+    with np.load(images) as arrays:
+        pixels = torch.tensor(arrays["x_test"]).permute(0, 3, 1, 2).float() / 255
+        labels = torch.tensor(arrays["y_test"].astype(np.int64))
+    assert cat_view(pixels, 0.5).shape == pixels.shape
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = (pixels - mean) / deviation
+    small, large = _network(20, files[20]), _network(56, files[56])
+    with torch.no_grad():
+        assert int((small(x).argmax(1) == labels).sum()) == 94
+    section = lib.section(small, large, x)
+    found = section.tables["most-similar"]
+    best = [(str(r["layer"])[:6], str(r["most similar layer of the other"])[:6]) for r in found]
+    assert sum(a == b for a, b in best) >= 8
+    assert section.data["cka"][0, -1] < 0.5 < section.data["cka"][-1, -1]
