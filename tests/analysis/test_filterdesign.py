@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import torchconv
 from torchconv import initializers as ti
-from torchconv.ops.plain import PlainConv2d
+from torchconv.ops.plain import DepthwiseConv2d, PlainConv2d
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -297,7 +297,7 @@ def test_banks_have_their_norm_and_shape(method: str) -> None:
 def test_transposed_layers_swap_their_fans() -> None:
     layer = ti.init(nn.ConvTranspose2d(64, 32, 3, groups=4), "lecun_normal", seed=1)
     assert layer.weight.shape == (64, 8, 3, 3)
-    assert float(layer.weight.std()) == pytest.approx((16 * 9) ** -0.5, rel=0.05)  # type: ignore[operator]
+    assert float(layer.weight.detach().std()) == pytest.approx((16 * 9) ** -0.5, rel=0.05)  # type: ignore[operator]
     dirac = nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2)
     x = torch.rand(1, 4, 5, 5)
     torch.testing.assert_close(ti.init(dirac, "dirac")(x), x)
@@ -359,7 +359,9 @@ def test_layers_that_do_not_run_are_named() -> None:
 
     model = Skips(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
     with pytest.raises(ValueError, match=r"layers=\['1'\]: did not run"):
-        ti.init(model, "pca", data=torch.rand(4, 1, 8, 8))
+        ti.init(model, "pca", data=torch.rand(4, 1, 8, 8), layers=["0", "1"])
+    ti.init(model, "pca", data=torch.rand(4, 1, 8, 8))
+    assert not model[1].bias.any()  # He's law, as for other layers that cannot learn
     assert list(ti.lsuv(model, torch.rand(4, 1, 8, 8))) == ["0"]
 
 
@@ -401,6 +403,8 @@ def test_fields_of_branches_and_other_axes() -> None:
     found = ti.receptive_fields(model, (2, 40))
     assert {n: f.size for n, f in found.items()} == {"small": (3,), "large": (9,), "last": (11,)}
     torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
+    ours = ti.receptive_fields(DepthwiseConv2d(4, kernel_size=5, padding="same"), (4, 21, 21), [""])[""]
+    assert ours == ti.Field((5, 5), (1, 1), False)
     wide = ti.receptive_fields(nn.Conv3d(1, 1, (1, 3, 5)), (1, 6, 9, 12), [""])[""]
     assert wide == ti.Field((1, 3, 5), (1, 1, 1), False)
     assert ti.receptive_fields(nn.AdaptiveAvgPool2d(1), (1, 8, 8), [""])[""].clipped

@@ -119,7 +119,8 @@ def receptive_fields(
 
     They are the support of a unit's gradient with respect to the input, measured on a copy in which convolutions and
     linear layers have positive weights, max pooling averages and normalisations are fresh. A field that reaches the
-    border of the input is at least as large as reported (``clipped``): give a larger input.
+    border of the input is at least as large as reported (``clipped``): give a larger input. In networks with layers of
+    this library, which may go by transforms, contributions below 1e-14 of the largest do not count.
 
     Args:
         model: takes one floating-point tensor. Pooling called as a function takes one path only, and is underrated.
@@ -137,6 +138,9 @@ def receptive_fields(
         >>> receptive_fields(net, (3, 32, 32))["2"]
         Field(size=(7, 7), jump=(2, 2), clipped=False)
     """
+    # Our layers may go by transforms, whose rounding reaches everywhere.
+    ours = any(type(m).__module__.startswith("torchconv.") for m in model.modules())
+    floor = 1e-14 if ours else 0.0
     model = _positive(model)
     modules = dict(model.named_modules())
     if layers is None:
@@ -166,24 +170,25 @@ def receptive_fields(
         handle.remove()
     missing = [n for n in wanted if n not in outputs] if layers is not None else []
     check(not missing, "layers", missing, "gave no feature map of the input's number of axes")
-    return {name: _field(output, x) for name, output in outputs.items()}
+    return {name: _field(output, x, floor) for name, output in outputs.items()}
 
 
 def _says(module: nn.Module, words: tuple[str, ...]) -> bool:
     return any(w in type(module).__name__.lower() for w in words)
 
 
-def _field(output: Tensor, x: Tensor) -> Field:
+def _field(output: Tensor, x: Tensor, floor: float) -> Field:
     centre = tuple(n // 2 for n in output.shape[2:])
     neighbour = tuple(max(0, c - 1) for c in centre)
     total = torch.zeros((), dtype=x.dtype)
     for row, place in zip(output, (centre, neighbour), strict=True):
         index: tuple[Any, ...] = (slice(None), *place)
         total = total + row[index].sum()
-    support = torch.autograd.grad(total, x, retain_graph=True)[0].ne(0).any(1)
+    support = torch.autograd.grad(total, x, retain_graph=True)[0].abs().sum(1)
     size, jump, clipped = [], [], False
     for axis, n in enumerate(x.shape[2:], start=1):
-        line = support.movedim(axis, 1).reshape(2, n, -1).any(2)
+        line = support.movedim(axis, 1).reshape(2, n, -1).sum(2)
+        line = line > floor * line.amax(1, keepdim=True)
         places = [row.nonzero()[:, 0].tolist() or [0, -1] for row in line]
         (start, end), (before, before_end) = ((p[0], p[-1]) for p in places)
         at_start, at_end = min(start, before) == 0, max(end, before_end) == n - 1

@@ -75,8 +75,8 @@ def init(
     from images layer by layer, each on what the layers before it, already filled, make of them: the names in
     ``LEARNED`` and "lsuv". Banks and learned filters go to convolutions of more than one tap; 1 × 1 convolutions,
     transposed and linear layers get "he_normal" beside them, as do those whose filters have more than 1152 weights
-    when filters are learned, and "delta_orthogonal" leaves "orthogonal" to layers that cannot have it. Layers of other
-    classes keep their weights; so do normalisations.
+    or that are not called as layers when filters are learned, and "delta_orthogonal" leaves "orthogonal" to layers
+    that cannot have it. Layers of other classes keep their weights; so do normalisations.
 
     Banks give every filter the norm ``gain``; learned filters are scaled until the layer's output has unit variance on
     the data. A bank with fewer filters than the layer is used again with other mixtures of the input channels; after
@@ -115,7 +115,10 @@ def init(
         if method == "lsuv":
             lsuv(model, data, seed=seed, layers=layers, **options)
         else:
-            _learn_all(model, chosen, method, data, generator, options)
+            missed = _learn_all(model, chosen, method, data, generator, options)
+            check(layers is None or not missed, "layers", missed, "did not run as layers on the data; leave them out")
+            for name in missed:
+                _set_he(chosen[name], generator)
         return model
     for module in chosen.values():
         set_weight(module, stored(module, _fixed(module, method, generator, options)))
@@ -190,8 +193,8 @@ def _learn_all(
     data: Tensor,
     generator: Generator,
     options: dict[str, Any],
-) -> None:
-    """Fill each layer just before it runs for the first time, scale it by what it then gives."""
+) -> list[str]:
+    """Fill each layer just before it runs for the first time, scale it by what it then gives; names that never ran."""
     seen: set[nn.Module] = set()
 
     def fill(module: Any, args: tuple[Any, ...]) -> None:
@@ -222,8 +225,13 @@ def _learn_all(
     finally:
         for handle in handles:
             handle.remove()
-    missed = [n for n, m in chosen.items() if m not in seen]
-    check(not missed, "layers", missed, "did not run on the data; leave them out by layers=")
+    return [n for n, m in chosen.items() if m not in seen]
+
+
+def _set_he(module: Any, generator: Generator) -> None:
+    """He's law, for a layer whose weight is used without calling it."""
+    set_weight(module, stored(module, _fixed(module, "he_normal", generator, {})))
+    zero_bias(module)
 
 
 def _layer_input(module: Any, x: Tensor) -> Tensor:
