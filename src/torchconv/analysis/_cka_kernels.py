@@ -1,4 +1,4 @@
-"""Kernels between stimuli, the Hilbert-Schmidt independence criterion (HSIC) and the alignments made of them.
+"""Kernels between stimuli, the independence criterion HSIC and the alignments made of them (arXiv 2511.02404).
 
 Rows of a feature matrix are stimuli. Everything is differentiable, and keeps the type of its inputs; the differences of
 large numbers want float64.
