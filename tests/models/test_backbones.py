@@ -23,6 +23,7 @@ SMALL = [
     "eca_resnet18",
     "eca_mobilenet_v2",
     "convnext_dcls_mini",
+    "spartan_s",
 ]
 
 

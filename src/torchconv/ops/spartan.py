@@ -1,0 +1,178 @@
+"""SpaRTAN's mixers and block (Pay et al. 2025, arXiv 2507.10999).
+
+    SMixer:  x ← W x;  x ← x + γ (x − mean x);  y = V [SE(conv₃ₓ₃ x), SE(conv_d₂(conv_d₂ x))]
+    CMixer:  j = argmax_c x;  f = w θ + w_j θ_j;  f ← z f (complex, pairs of channels);  y = V SE(conv₃ₓ₃ f)
+
+The spatial mixer sees 3 × 3 and 9 × 9, each weighed by squeeze-excitation. The channel mixer adds the strongest channel
+of each pixel to all and rotates pairs of channels by free complex numbers, here in real arithmetic, which exports.
+With h = C/2 and m = eC a pixel costs 3·9·h²/groups + Ch + C² and 3Cm + 9m·(inner width) multiplications.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchconv._common import check, check_positive
+from torchconv.catalog import part
+from torchconv.ops._common import keep_layout
+
+
+class ConvNormAct(nn.Module):
+    """A convolution without bias, batch norm (eps 1e-6) and an activation; ``norm`` or ``act`` may be left out."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+        act: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False, **options
+        )
+        self.norm = nn.BatchNorm2d(out_channels, eps=1e-6, **options) if norm else nn.Identity()
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, normalise, activate."""
+        y: Tensor = self.act(self.norm(self.conv(x)))
+        return y
+
+
+class _SE(nn.Module):
+    def __init__(self, channels: int, hidden: int, **options: Any) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, hidden, 1, **options)
+        self.expand = nn.Conv2d(hidden, channels, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor = self.expand(F.relu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+def rotate_pairs(x: Tensor, z: Tensor) -> Tensor:
+    """Multiply pairs of channels, (x₂ᵢ, x₂ᵢ₊₁) as x₂ᵢ + i x₂ᵢ₊₁, by complex numbers; at least in float32.
+
+    Args:
+        x: (N, 2P, H, W).
+        z: (…, P, 2), real and imaginary parts.
+
+    Example:
+        >>> rotate_pairs(torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1), torch.tensor([[0.0, 1.0]])).flatten()
+        tensor([-2.,  1.])
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    real, imaginary = z.to(dtype).reshape(1, -1, 2, 1, 1).unbind(2)
+    a, b = x.to(dtype)[:, 0::2], x.to(dtype)[:, 1::2]
+    y = torch.stack([a * real - b * imaginary, a * imaginary + b * real], 2).flatten(1, 2)
+    return keep_layout(y.to(x.dtype), x)
+
+
+@part(
+    "smixer",
+    paper="spartan",
+    kind="layer",
+    dims=(2,),
+    probe={"build": {"channels": 8}, "inputs": [[2, 8, 6, 5]]},
+    keywords="SpaRTAN spatial mixer multi-order receptive fields dilated squeeze excitation",
+)
+class SMixer(nn.Module):
+    """Spatial mixer: two branches with receptive fields 3 × 3 and 9 × 9, each with squeeze-excitation.
+
+    Args:
+        channels: C, a multiple of 8.
+        groups: of the three 3 × 3 convolutions on C/2 channels; 1 is dense, C/2 depthwise.
+
+    Shape:
+        (N, C, H, W) → the same.
+
+    Raises:
+        ValueError: channels or groups do not divide.
+
+    Reference: arXiv 2507.10999, section 3.
+    """
+
+    def __init__(self, channels: int, groups: int = 1, **options: Any) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        check(channels % 8 == 0, "channels", channels, "must be a multiple of 8")
+        half = channels // 2
+        check_positive("groups", groups)
+        check(half % groups == 0, "groups", groups, f"must divide half of the channels ({half})")
+        wide: dict[str, Any] = {"padding": 2, "dilation": 2, "groups": groups, **options}
+        self.proj_in = nn.Conv2d(channels, half, 1, **options)
+        self.gamma = nn.Parameter(torch.full((1, half, 1, 1), 1e-5, **options))
+        self.h_conv = ConvNormAct(half, half, 3, padding=1, groups=groups, act=nn.GELU(), **options)
+        self.l_conv = nn.Sequential(
+            ConvNormAct(half, half, 3, norm=False, **wide), ConvNormAct(half, half, 3, act=nn.GELU(), **wide)
+        )
+        self.h_attn = _SE(half, half // 4, **options)
+        self.l_attn = _SE(half, half // 4, **options)
+        self.proj_out = nn.Conv2d(channels, channels, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix positions of ``x``."""
+        x = self.proj_in(x)
+        x = x + self.gamma * (x - x.mean((2, 3), keepdim=True))
+        y: Tensor = self.proj_out(torch.cat([self.h_attn(self.h_conv(x)), self.l_attn(self.l_conv(x))], 1))
+        return y
+
+
+@part(
+    "cmixer",
+    paper="spartan",
+    kind="layer",
+    dims=(2,),
+    probe={"build": {"channels": 8}, "inputs": [[2, 8, 6, 5]]},
+    keywords="SpaRTAN channel mixer wave complex rotation strongest channel aggregation",
+)
+class CMixer(nn.Module):
+    """Channel mixer: modulation by the strongest channel of each pixel and complex products of channel pairs.
+
+    Args:
+        channels: C, at least 4.
+        expand_ratio: hidden channels over C, at least 2.
+        groups: 1 makes the inner convolution depthwise; anything larger gives it C groups.
+
+    Shape:
+        (N, C, H, W) → the same.
+
+    Raises:
+        ValueError: an argument is too small.
+
+    Reference: arXiv 2507.10999, section 3. The index comes from the input, so only the first C hidden channels can win.
+    """
+
+    def __init__(self, channels: int, expand_ratio: int = 4, groups: int = 1, **options: Any) -> None:
+        super().__init__()
+        check(channels >= 4, "channels", channels, "must be at least 4")
+        check(expand_ratio > 1, "expand_ratio", expand_ratio, "must be above 1")
+        check_positive("groups", groups)
+        hidden = int(channels * expand_ratio)
+        check(hidden % 2 == 0, "expand_ratio", expand_ratio, "times channels must be even: channels rotate in pairs")
+        self.theta = nn.Conv2d(channels, hidden, 1, **options)
+        self.proj = nn.Conv2d(channels, hidden, 1, **options)
+        self.complex = nn.Parameter(torch.randn(1, 1, 1, hidden // 2, 2, **options))
+        inner = channels if groups > 1 else hidden
+        self.conv = ConvNormAct(hidden, hidden, 3, padding=1, groups=inner, act=nn.GELU(), **options)
+        self.attn = _SE(hidden, channels // 4, **options)
+        self.proj_out = nn.Conv2d(hidden, channels, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix channels of ``x``."""
+        strongest = x.argmax(1, keepdim=True)
+        f = self.proj(x) * F.gelu(self.theta(x))
+        f = f + f.gather(1, strongest)
+        y: Tensor = self.proj_out(self.attn(self.conv(rotate_pairs(f, self.complex))))
+        return y

@@ -1,0 +1,114 @@
+"""SpaRTAN's mixers, block and network against what the paper implies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchconv.models.classify.spartan import SpaRTAN, SpaRTANBlock, spartan_s
+from torchconv.ops.spartan import CMixer, SMixer, rotate_pairs
+
+
+def image(channels: int = 8) -> torch.Tensor:
+    return torch.randn(2, channels, 7, 6, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_published_size() -> None:
+    with torch.device("meta"):
+        model = spartan_s(dropout=0.1)
+    assert sum(p.numel() for p in model.parameters()) == 3_820_296
+    rates = [m.drop_path.rate for m in model.layers if isinstance(m, SpaRTANBlock)]
+    assert rates == [0.1 * i / 20 for i in range(20)]
+
+
+@pytest.mark.parametrize(("z", "angle"), [((1.0, 0.0), 0), ((0.0, 1.0), 1)])
+def test_rotation_by_quarter_turns(z: tuple[float, float], angle: int) -> None:
+    x = image()
+    y = rotate_pairs(x, torch.tensor(z).double().expand(1, 1, 1, 4, 2))
+    turned = torch.stack([-x[:, 1::2], x[:, 0::2]], 2).flatten(1, 2)
+    assert torch.equal(y, turned if angle else x)
+
+
+def test_rotation_is_the_complex_product() -> None:
+    x, z = image(), torch.randn(4, 2, dtype=torch.float64)
+    pairs = torch.complex(x[:, 0::2], x[:, 1::2]) * torch.view_as_complex(z).reshape(1, 4, 1, 1)
+    expected = torch.view_as_real(pairs).movedim(-1, 2).flatten(1, 2)
+    torch.testing.assert_close(rotate_pairs(x, z), expected)
+
+
+def test_gamma_minus_one_leaves_the_mean() -> None:
+    mixer = SMixer(8).double().eval()
+    seen: list[torch.Tensor] = []
+    mixer.h_conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        mixer.gamma.fill_(-1)
+        mixer(image())
+        mean = mixer.proj_in(image()).mean((2, 3), keepdim=True)
+    torch.testing.assert_close(seen[0], mean.expand_as(seen[0]))
+
+
+def test_receptive_fields() -> None:
+    mixer = SMixer(8).double().eval()
+    x = torch.zeros(1, 4, 15, 15, dtype=torch.float64)
+    x[:, :, 7, 7] = 1
+    with torch.no_grad():
+        short, long = mixer.h_conv.conv(x), mixer.l_conv[1].conv(mixer.l_conv[0].conv(x))
+    rows = [set(y.abs().sum((0, 1, 3)).nonzero().flatten().tolist()) for y in (short, long)]
+    assert rows == [{6, 7, 8}, {3, 5, 7, 9, 11}]
+
+
+@pytest.mark.parametrize(("groups", "weights"), [(1, 27 * 16), (4, 27 * 4)])
+def test_spatial_weights(groups: int, weights: int) -> None:
+    mixer = SMixer(8, groups)
+    convs = (mixer.h_conv, *mixer.l_conv)
+    assert sum(c.conv.weight.numel() for c in convs) == weights
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_channel_mixer_in_words(groups: int) -> None:
+    mixer, x = CMixer(8, 2, groups).double().eval(), image()
+    theta, w = torch.nn.functional.gelu(mixer.theta(x)), mixer.proj(x)
+    f = w * theta
+    for n in range(2):
+        for i in range(7):
+            for k in range(6):
+                j = int(x[n, :, i, k].argmax())
+                f[n, :, i, k] += (w * theta)[n, j, i, k].clone()
+    expected = mixer.proj_out(mixer.attn(mixer.conv(rotate_pairs(f, mixer.complex))))
+    torch.testing.assert_close(mixer(x), expected)
+    assert mixer.conv.conv.groups == (8 if groups > 1 else 16)
+
+
+@pytest.mark.parametrize("use_group", [True, False])
+def test_block_without_scales_is_the_identity(use_group: bool) -> None:
+    block = SpaRTANBlock(8, 2, use_group=use_group).double().eval()
+    torch.nn.init.zeros_(block.scale_1)
+    torch.nn.init.zeros_(block.scale_2)
+    assert torch.equal(block(image()), image())
+    axes = (1, 2, 3) if use_group else (1,)
+    normed = block.norm_1(3 * image() + 2)
+    torch.testing.assert_close(normed.mean(axes), torch.zeros_like(normed.mean(axes)))
+    torch.testing.assert_close(normed.var(axes, correction=0), torch.ones_like(normed.mean(axes)), rtol=1e-5, atol=1e-5)
+
+
+def test_stage_without_blocks_keeps_size() -> None:
+    model = SpaRTAN(0, 1, (0, 1, 1), (2, 2, 2), 8, (8, 16)).eval()
+    assert [f["reduction"] for f in model.feature_info] == [4, 4, 8]
+    assert model(torch.randn(1, 1, 32, 24)).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: SMixer(12), "channels"),
+        (lambda: SMixer(16, 3), "groups"),
+        (lambda: CMixer(2), "channels"),
+        (lambda: CMixer(8, 1), "expand_ratio"),
+        (lambda: SpaRTAN(dims=(64,)), "dims"),
+        (lambda: SpaRTAN(expand_ratios=()), "expand_ratios"),
+        (lambda: SpaRTAN(layer_depths=(0, 1, 1, 1)), "dims"),
+    ],
+)
+def test_bad_arguments(build: object, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        build()  # type: ignore[operator]
