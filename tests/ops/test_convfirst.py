@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchconv.ops.convfirst import ConvFirst, MBConv
+from torchconv.ops.convfirst import MLP, ConvFirst, MBConv
 
 
 def test_parameters() -> None:
@@ -26,3 +26,8 @@ def test_residual_only_where_the_shape_stays(build: type[ConvFirst] | type[MBCon
 def test_group_width_must_divide() -> None:
     with pytest.raises(ValueError, match="group_width"):
         ConvFirst(12, 12)
+
+
+def test_mlp_sees_single_pixels() -> None:
+    block, x = MLP(8, 8, 2).eval(), torch.randn(1, 8, 3, 3)
+    assert torch.allclose(block(x)[..., 1:2, 1:2], block(x[..., 1:2, 1:2]), atol=1e-6)

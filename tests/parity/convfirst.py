@@ -1,18 +1,22 @@
-"""ConvFirst and MBConv."""
+"""ConvFirst, MBConv and MLP."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case
-from torchconv.ops.convfirst import ConvFirst, MBConv
+from torchconv.ops.convfirst import MLP, ConvFirst, MBConv
 
 
 def adapt(case: Case) -> Adapted:
     """The class is named in the config, the rest are its arguments."""
     options = dict(case.config)
-    blocks = {"ConvFirst": ConvFirst, "MBConv": MBConv}
+    blocks: dict[str, Callable[..., nn.Module]] = {"ConvFirst": ConvFirst, "MBConv": MBConv, "MLP": MLP}
     build = blocks[options.pop("cls", "ConvFirst")]
+    if build is MLP:  # the author's block takes the arguments of a convolution and leaves them
+        options = {n: v for n, v in options.items() if n not in ("kernel_size", "stride", "group_width")}
     module = build(**{**options, "act_cls": getattr(nn, options.get("act_cls", "SiLU"))})
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

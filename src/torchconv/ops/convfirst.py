@@ -84,3 +84,19 @@ class MBConv(_Residual):
         expand, project = _conv(in_channels, hidden), _conv(hidden, out_channels)
         self.layers = nn.Sequential(*expand, act_cls(), *conv, act_cls(), *project)
         self.residual = in_channels == out_channels and stride == 1
+
+
+class MLP(_Residual):
+    """Expansion, activation, projection; residual where the channels stay."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion_ratio: int = 4,
+        act_cls: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion_ratio
+        self.layers = nn.Sequential(*_conv(in_channels, hidden), act_cls(), *_conv(hidden, out_channels))
+        self.residual = in_channels == out_channels
