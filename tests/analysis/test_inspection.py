@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torchconv.analysis import inspection
+from torchconv.analysis.efficiency import block_times, blocks_of
 from torchconv.analysis.inspection import inspect_model, plain, write_report
 from torchconv.analysis.section import Section
 from torchconv.cli import main
@@ -41,6 +42,22 @@ def test_receptive_field_of_a_small_stack(tmp_path: Path) -> None:
     assert len(rows) == len(sides)
     assert json.loads((tmp_path / "page" / "inspection.json").read_text())["title"] == "<small>"
     assert (tmp_path / "page" / "receptive-field-effective-receptive-field.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_time_and_operations_of_blocks() -> None:
+    model = network().eval()
+    x = torch.randn(1, 3, 32, 32)
+    times = block_times(model, x, repeats=3)
+    assert set(times) == {"0", "1", "2", "3", "4"}
+    assert all(t > 0 for t in times.values())
+    assert blocks_of(nn.Sequential(model, nn.Identity())) == ["0.0", "0.1", "0.2", "0.3", "0.4"]
+    (found,) = inspect_model(model, x, only=("efficiency",)).sections
+    rows = {row["block"]: row for row in found.tables["blocks"]}
+    assert rows["2"]["MFLOP"] == pytest.approx((2 * 8 * 8 * 9 + 8) * 32 * 32 / 1e6)
+    assert sum(row["share of time"] for row in rows.values()) == pytest.approx(1)
+    assert all(row["efficiency"] >= 0 for row in rows.values())
+    with pytest.raises(ValueError, match="CPU only"):
+        block_times(model, torch.empty(1, 3, 4, 4, device="meta"))
 
 
 def test_what_fails_is_left_out_and_alarms_come_first(monkeypatch: pytest.MonkeyPatch) -> None:

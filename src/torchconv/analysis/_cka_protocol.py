@@ -86,8 +86,9 @@ def compare_images(
     first, second = (
         features(model, side, layers, reduction=reduction, batch_size=batch_size) for side in (images, partners)
     )
-    rows = [{"layer": n, **_measure(first[n], second[n], permutations, draws, seed)} for n in first]
-    means, peaks = {}, {}
+    rows: list[dict[str, Any]] = [{"layer": n, **_measure(first[n], second[n], permutations, draws, seed)} for n in first]
+    means: dict[str, float] = {}
+    peaks: dict[str, str] = {}
     for name in ("cka linear", "cka rbf", "rsa"):
         known = [r for r in rows if math.isfinite(r[name])]
         means[name] = sum(r[name] for r in known) / len(known) if known else math.nan

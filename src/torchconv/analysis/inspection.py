@@ -88,7 +88,7 @@ def _transfer(subject: Subject) -> Section:
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "filters": lambda s: _module("filterdb").section(s.model),
     "receptive-field": lambda s: _module("receptive").section(s.model, s.images[:8]),
-    "efficiency": lambda s: _module("convfirst").section(s.model, s.images[:1]),
+    "efficiency": lambda s: _module("efficiency").section(s.model, s.images[:1]),
     "similarity": _similarity,
     "transfer": _transfer,
 }

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchconv._common import check, check_choice, did_you_mean
+from torchconv.analysis.ceiling import ceiling
 from torchconv.analysis.count import count
 from torchconv.analysis.latency import machine, paired_latency, peak_memory
 from torchconv.bench.cases import Case, Place, cases
-from torchconv.bench.ceiling import ceiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
