@@ -30,11 +30,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: a network, images it takes, their classes if known, a network to compare it with."""
+    """What is inspected: a network, images it takes, a network to compare it with."""
 
     model: nn.Module
     images: Tensor
-    labels: Tensor | None = None
     against: nn.Module | None = None
 
 
@@ -66,22 +65,10 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"torchconv.analysis.{name}")
 
 
-def _needs(subject: Subject, *wanted: str) -> None:
-    for name in wanted:
-        if getattr(subject, name) is None:
-            options = {"labels": "--data with classes", "against": "--against MODEL2"}
-            raise ValueError(f"needs {options[name]}")
-
-
 def _similarity(subject: Subject) -> Section:
-    _needs(subject, "against")
+    if subject.against is None:
+        raise ValueError("needs --against MODEL2")
     section: Section = _module("cka").section(subject.model, subject.against, subject.images)
-    return section
-
-
-def _transfer(subject: Subject) -> Section:
-    _needs(subject, "labels")
-    section: Section = _module("offtheshelf").section(subject.model, subject.images, subject.labels)
     return section
 
 
@@ -90,14 +77,12 @@ SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "receptive-field": lambda s: _module("receptive").section(s.model, s.images[:8]),
     "efficiency": lambda s: _module("efficiency").section(s.model, s.images[:1]),
     "similarity": _similarity,
-    "transfer": _transfer,
 }
 
 
 def inspect_model(
     model: nn.Module,
     images: Tensor | None = None,
-    labels: Tensor | None = None,
     against: nn.Module | None = None,
     *,
     title: str = "",
@@ -110,7 +95,6 @@ def inspect_model(
     Args:
         model: any module that takes images; it is left as it is.
         images: (N, C, H, W) normalised as it expects them; eight of unit noise by default.
-        labels: (N,) classes of the images; with them transfer is measured.
         against: a second network; with it representations are compared.
         title: what to call the network.
         image_size: side of the noise images.
@@ -132,7 +116,7 @@ def inspect_model(
     model.eval()
     sections: list[Section] = []
     left_out: dict[str, str] = {}
-    subject = Subject(model, images, labels, against)
+    subject = Subject(model, images, against)
     try:
         facts = _facts(model, images[:1])
         for key in only or tuple(SECTIONS):

@@ -24,7 +24,7 @@ def inspect(
     limit: Annotated[int, typer.Option(min=8, help="At most this many images of --data.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look inside a network: filter health, receptive field, efficiency, similarity, transfer.
+    """Look inside a network: filter health, receptive field, efficiency, similarity.
 
     [bold]Examples[/bold]
 
@@ -39,13 +39,12 @@ def inspect(
 
     network = open_model(model)
     other = open_model(against) if against else None
-    images, labels = _images(data, size, limit) if data else (None, None)
+    images = _images(data, size, limit) if data else None
     chosen = tuple(s.strip() for s in only.split(",") if s.strip()) if only else ()
     with Console(stderr=True).status("reading …") as status:
         found = inspect_model(
             network,
             images,
-            labels,
             other,
             title=model,
             image_size=size,
@@ -64,11 +63,11 @@ def inspect(
     console.print(f"report: {page}", highlight=False)
 
 
-def _images(spec: str, size: int, limit: int) -> tuple[Any, Any]:
+def _images(spec: str, size: int, limit: int) -> Any:
     from torchconv.data import load, normalise
 
     found = load(spec, image_size=size, limit=limit)
-    return normalise(found.train.x, found.mean, found.std), found.train.y
+    return normalise(found.train.x, found.mean, found.std)
 
 
 def register(app: typer.Typer) -> None:
