@@ -86,7 +86,9 @@ def compare_images(
     first, second = (
         features(model, side, layers, reduction=reduction, batch_size=batch_size) for side in (images, partners)
     )
-    rows: list[dict[str, Any]] = [{"layer": n, **_measure(first[n], second[n], permutations, draws, seed)} for n in first]
+    rows: list[dict[str, Any]] = [
+        {"layer": n, **_measure(first[n], second[n], permutations, draws, seed)} for n in first
+    ]
     means: dict[str, float] = {}
     peaks: dict[str, str] = {}
     for name in ("cka linear", "cka rbf", "rsa"):
