@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchconv.kernels._layout import channels_last_format
+
 CONVOLVE: tuple[Any, ...] = (None, F.conv1d, F.conv2d, F.conv3d)
 _Ints = tuple[int, ...]
 _FFT_BLOCK = 1 << 19  # numbers per block of channels: two megabytes of float32, which stay in the second-level cache
@@ -46,17 +48,6 @@ class Geometry(NamedTuple):
     @property
     def extent(self) -> _Ints:
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
-
-
-def channels_last_format(ndim: int) -> torch.memory_format:
-    return torch.channels_last_3d if ndim == 3 else torch.channels_last
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Channels vary fastest in memory, and saying so is not ambiguous (one channel, one position)."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=channels_last_format(x.dim() - 2))
 
 
 # --- native: what torch.nn.functional does ---------------------------------------------------------------------------

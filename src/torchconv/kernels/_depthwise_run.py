@@ -18,6 +18,7 @@ from torchconv.kernels import _depthwise_matrix as matrix
 from torchconv.kernels._custom import define, without_autocast
 from torchconv.kernels._depthwise_forms import Geometry
 from torchconv.kernels._depthwise_plan import Plan, plan
+from torchconv.kernels._layout import is_channels_last, keep_layout
 
 HALF = (torch.float16, torch.bfloat16)
 KINDS = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, *HALF)}
@@ -34,19 +35,12 @@ def planned(
         padding,
         dilation,
         KINDS[x.dtype],
-        forms.is_channels_last(x),
+        is_channels_last(x),
         needs,
         backend,
         torch.get_num_threads(),
         x.device.type,
     )
-
-
-def _like(out: Tensor, x: Tensor) -> Tensor:
-    """``out`` in the memory format of ``x``."""
-    if forms.is_channels_last(x):
-        return out.contiguous(memory_format=forms.channels_last_format(x.dim() - 2))
-    return out.contiguous()
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -65,7 +59,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, form: str, geo: Geometry) 
     if form == "native":
         return forms.by_images(x, w, bias, geo)
     if form == "triton":
-        return _like(_triton().output(x, w, bias, geo), x)
+        return keep_layout(_triton().output(x, w, bias, geo), x)
     wide, kernel, shift = _wide(x), _wide(w), None if bias is None else _wide(bias)
     if form == "padded":
         out = forms.padded(wide, kernel, shift, geo)
@@ -75,7 +69,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, form: str, geo: Geometry) 
         out = (forms.fft if form == "fft" else matrix.matmul)(wide, kernel, geo)
         if shift is not None:
             out.add_(shift.reshape(-1, *(1,) * geo.ndim))
-    return _like(out.to(x.dtype), x)
+    return keep_layout(out.to(x.dtype), x)
 
 
 def gradients(
@@ -106,7 +100,7 @@ def gradients(
         dw = forms.correlated(g, x, geo, by_w == "correlate_last")
     elif by_w == "matmul":
         dw = matrix.matmul_weight(g, x, geo)
-    dx = None if dx is None else _like(dx.to(x_type), like)
+    dx = None if dx is None else keep_layout(dx.to(x_type), like)
     return dx, None if dw is None else dw.to(w_type)
 
 
@@ -146,7 +140,7 @@ _SIZES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 def _empty_like(x: Tensor, shape: Sequence[Any]) -> Tensor:
     """Uninitialised, of ``shape`` and in the memory format of ``x``."""
-    last = forms.is_channels_last(x)
+    last = is_channels_last(x)
     layout = forms.channels_last_format(x.dim() - 2) if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
@@ -155,7 +149,7 @@ def _compute(
     x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, backend: str
 ) -> Tensor:
     chosen = planned(x, w, tuple(stride), tuple(padding), tuple(dilation), (False, False), backend)
-    return _like(output(x, w, bias, chosen.forward, chosen.geo), x)
+    return keep_layout(output(x, w, bias, chosen.forward, chosen.geo), x)
 
 
 def _fake(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, backend: str) -> Tensor:
@@ -191,7 +185,7 @@ def _compute_gradients(
     chosen = planned(x, w, tuple(stride), tuple(padding), tuple(dilation), (need_x, need_w), backend)
     by_x, by_w = chosen.grad_x if need_x else "", chosen.grad_w if need_w else ""
     dx, dw = gradients(g, x, w, by_x, by_w, chosen.geo)
-    return x.new_empty(0) if dx is None else _like(dx, x), w.new_empty(0) if dw is None else dw.contiguous()
+    return x.new_empty(0) if dx is None else keep_layout(dx, x), w.new_empty(0) if dw is None else dw.contiguous()
 
 
 def _fake_gradients(

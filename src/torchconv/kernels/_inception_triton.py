@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchconv.kernels._depthwise_forms import channels_last_format, is_channels_last
+from torchconv.kernels._layout import channels_last_format, is_channels_last
 
 Kernels = tuple[tuple[int, tuple[int, ...]], ...]  # channels and sizes of every kernel
 _FIELDS = 7  # of a table's line: start of the weights, kernel size, padding before the map

@@ -27,6 +27,7 @@ from torch import Tensor
 from torchconv._common import check
 from torchconv.catalog import part
 from torchconv.kernels import _custom
+from torchconv.kernels._layout import is_channels_last, keep_layout
 from torchconv.kernels._triton import triton_available
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -98,19 +99,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool = False) -> Tensor:
-    out = _spread(_rows(x), _rows(weight), kernel, mirrored).to(x.dtype)
-    return out.contiguous(memory_format=_channels_last(x)) if _is_channels_last(x) else out
-
-
-def _channels_last(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Channels vary fastest in memory, and saying so is not ambiguous (one channel, one position)."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=_channels_last(x))
+    return keep_layout(_spread(_rows(x), _rows(weight), kernel, mirrored).to(x.dtype), x)
 
 
 def _composite(x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -145,7 +134,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, kernel: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     size = tuple(kernel)
-    grad = grad.contiguous(memory_format=_channels_last(x)) if _is_channels_last(x) else grad.contiguous()
+    grad = keep_layout(grad, x)
     dx, dw = x.new_empty(0), weight.new_empty(0)
     if triton_available(x.device) and x.numel():
         from torchconv.kernels import _adaptive_triton
@@ -254,7 +243,7 @@ def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None
     compiled_for_cpu = torch.compiler.is_compiling() and not triton_available(x.device)
     if compiled_for_cpu or _custom.in_ordinary_operators():
         return _composite(x, weight, kernel_size)
-    x = x if _is_channels_last(x) else x.contiguous()
+    x = x if is_channels_last(x) else x.contiguous()
     out: Tensor = (_ADAPTIVE if _custom.recorded(x, weight) else _forward)(x, weight, kernel_size)
     return out
 

@@ -20,7 +20,7 @@ from torchconv._common import Size, check, check_choice, ntuple
 from torchconv.catalog import part
 from torchconv.kernels import depthwise
 from torchconv.kernels._custom import autocasts, define, in_ordinary_operators
-from torchconv.kernels._depthwise_forms import channels_last_format, is_channels_last
+from torchconv.kernels._layout import channels_last_format, is_channels_last
 from torchconv.kernels._triton_probe import trustworthy
 
 BACKENDS = ("auto", "native", "triton")

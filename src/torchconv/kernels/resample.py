@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchconv._common import check, check_choice
+from torchconv._common import check, check_choice, ntuple
 from torchconv.catalog import part
 from torchconv.kernels import _custom
+from torchconv.kernels._layout import keep_layout
 
 NORMALISATIONS = ("softmax", "sum", "none")
 LEAST_WEIGHT = 1e-6  # of the "sum" normalisation, as in arXiv 1907.12904
@@ -280,19 +281,6 @@ def mirror_pad(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     return F.pad(x, [p for pad in reversed(pads) for p in pad], mode="reflect") if any(map(any, pads)) else x
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-
-
-def _per_axis(argument: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    items = (value,) * ndim if isinstance(value, int) else tuple(value)
-    ok = len(items) == ndim and all(isinstance(i, int) and not isinstance(i, bool) and i >= 1 for i in items)
-    check(ok, argument, value, f"must be an integer >= 1 or {ndim} of them, one per spatial axis")
-    return items
-
-
 @part(
     "adaptive-downscale",
     paper="adknet",
@@ -338,7 +326,7 @@ def adaptive_downscale(
     ndim = x.dim() - 2
     if ndim not in (1, 2, 3):
         raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, *size) with one to three spatial axes")
-    scales = _per_axis("scale", scale, ndim)
+    scales = ntuple("scale", scale, ndim)
     fits = kernels.dim() == ndim + 3 and kernels.shape[0] == x.shape[0] and kernels.shape[1] in (1, x.shape[1])
     grids = [(max(1, n // s), -(-n // s)) for n, s in zip(x.shape[2:], scales, strict=True)]
     if not fits or any(n not in grid for n, grid in zip(kernels.shape[3:], grids, strict=True)):
@@ -351,7 +339,7 @@ def adaptive_downscale(
         remedy = f"its taps axis must hold k^{ndim} of them; give kernel_size for another form"
         check(side**ndim == taps, "kernels.shape", tuple(kernels.shape), remedy)
         kernel_size = side
-    sizes_ = _per_axis("kernel_size", kernel_size, ndim)
+    sizes_ = ntuple("kernel_size", kernel_size, ndim)
     product = torch.Size(sizes_).numel()
     check(product == taps, "kernel_size", kernel_size, f"has {product} taps, but the kernels have {taps}")
     if x.dtype != kernels.dtype:
@@ -361,7 +349,6 @@ def adaptive_downscale(
     for s, k, n in zip(scales, sizes_, kernels.shape[3:], strict=True):
         begin = (s - k) // 2
         spans.append((begin, begin + s * (n - 1) + k))
-    last = _is_channels_last(x)
     covered = mirror_pad(x, spans)
     arguments = (covered, kernels, scales, sizes_, normalisation)
     out: Tensor
@@ -369,6 +356,4 @@ def adaptive_downscale(
         out = _composite(*arguments)
     else:
         out = (_DOWNSCALE if _custom.recorded(*arguments) else _forward)(*arguments)
-    if last:
-        return out.contiguous(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
-    return out
+    return keep_layout(out, x)

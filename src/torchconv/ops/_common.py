@@ -102,15 +102,6 @@ def apply_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     return conv_nd(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
 
 
-def keep_layout(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` in channels-last memory where ``x`` is in no other, else contiguous."""
-    if x.dim() in (4, 5) and not x.is_contiguous():
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        if x.is_contiguous(memory_format=layout):
-            return y.contiguous(memory_format=layout)
-    return y.contiguous()
-
-
 def make_conv(
     weight: Tensor,
     bias: Tensor | None,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import (
     CONV,
     Padding,
@@ -154,11 +155,7 @@ def attentive_conv(
     rows = batch * channels
     flat, weight = x.reshape(1, rows, *x.shape[2:]), kernels.reshape(rows, 1, *kernels.shape[2:])
     y = conv_nd(flat, weight, None, stride, padding, dilation, rows)
-    y = y.reshape(batch, channels, *y.shape[2:])
-    if x.dim() in (4, 5) and not x.is_contiguous():
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        y = y.contiguous(memory_format=layout) if x.is_contiguous(memory_format=layout) else y
-    return y
+    return keep_layout(y.reshape(batch, channels, *y.shape[2:]), x)
 
 
 def _shift(x: Tensor, kernels: Tensor, stride: Size, padding: Padding, dilation: Size) -> Tensor:

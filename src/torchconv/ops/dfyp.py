@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
-from torchconv.ops._common import conv_nd, keep_layout
+from torchconv.kernels._layout import keep_layout
+from torchconv.ops._common import conv_nd
 
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 SCHARR = ((-3.0, 0.0, 3.0), (-10.0, 0.0, 10.0), (-3.0, 0.0, 3.0))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import (
     BATCH_NORM,
     Padding,
@@ -33,7 +34,6 @@ from torchconv.ops._common import (
     check_input,
     check_padding,
     check_same,
-    keep_layout,
     ntuple,
 )
 from torchconv.ops.ffdnn_spectral import SpectralTransform

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import (
     BATCH_NORM,
     CONV,
@@ -25,7 +26,6 @@ from torchconv.ops._common import (
     check_channels,
     check_input,
     fold_bn,
-    keep_layout,
     make_conv,
     ntuple,
 )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check_choice
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import (
     BatchNorm,
     Padding,
@@ -36,7 +37,6 @@ from torchconv.ops._common import (
     conv_nd,
     dilate_kernel,
     fold_bn,
-    keep_layout,
     make_conv,
     ntuple,
     resolve_padding,

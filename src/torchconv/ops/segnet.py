@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import Size, ntuple
 
 _POOL: tuple[Any, ...] = (None, F.max_pool1d, F.max_pool2d, F.max_pool3d)
@@ -71,7 +72,7 @@ def _geometry(ndim: int, kernel_size: Size, stride: Size | None) -> tuple[tuple[
 def _read(x: Tensor, offsets: Tensor, kernels: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """Values at the places."""
     index = plane_indices(offsets, x.shape[2:], kernels, strides)
-    return _as(x.flatten(2).gather(2, index.flatten(2)).reshape(offsets.shape), x)
+    return keep_layout(x.flatten(2).gather(2, index.flatten(2)).reshape(offsets.shape), x)
 
 
 def _write(
@@ -86,15 +87,7 @@ def _write(
     index = plane_indices(offsets, size, kernels, strides).flatten(2)
     y = v.new_zeros(*v.shape[:2], math.prod(size))
     y = y.scatter_add_(2, index, v.flatten(2)) if add else y.scatter_(2, index, v.flatten(2))
-    return _as(y.reshape(*v.shape[:2], *size), v)
-
-
-def _as(y: Tensor, like: Tensor) -> Tensor:
-    """In the memory layout of ``like``."""
-    if like.dim() in (4, 5) and not like.is_contiguous():
-        last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
-        return y.contiguous(memory_format=last) if like.is_contiguous(memory_format=last) else y
-    return y
+    return keep_layout(y.reshape(*v.shape[:2], *size), v)
 
 
 class _Pool(torch.autograd.Function):

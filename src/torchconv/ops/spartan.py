@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
-from torchconv.ops._common import keep_layout
+from torchconv.kernels._layout import keep_layout
 
 
 class ConvNormAct(nn.Module):

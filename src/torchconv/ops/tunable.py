@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import (
     CONV,
     Padding,
@@ -108,16 +109,8 @@ def tunable_conv(
     else:
         kernels = mix(mixing, weight)
         y = convolve(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), x.shape[0] * groups)
-        y = restore_layout(y.reshape(x.shape[0], weight.shape[1], *y.shape[2:]), x)
+        y = keep_layout(y.reshape(x.shape[0], weight.shape[1], *y.shape[2:]), x)
     return y if bias is None else y + mix(mixing, bias).reshape(*y.shape[:2], *[1] * (x.dim() - 2))
-
-
-def restore_layout(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` channels-last where ``x`` is."""
-    if x.dim() in (4, 5) and not x.is_contiguous():
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        return y.contiguous(memory_format=layout) if x.is_contiguous(memory_format=layout) else y
-    return y
 
 
 @part(

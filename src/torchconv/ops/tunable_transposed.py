@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from torchconv._common import check
 from torchconv.catalog import part
+from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import Size, check_channels, check_input, ntuple
 from torchconv.ops._tunable_mixing import Tunable
-from torchconv.ops.tunable import mix, restore_layout
+from torchconv.ops.tunable import mix
 
 _TRANSPOSE: tuple[Any, ...] = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.Module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -59,7 +60,7 @@ def tunable_conv_transpose(
     else:
         flat, kernels = x.reshape(1, -1, *x.shape[2:]), mix(mixing, weight).flatten(0, 1)
         y = transpose(flat, kernels, None, stride, padding, output_padding, groups * x.shape[0], dilation)
-        y = restore_layout(y.reshape(x.shape[0], -1, *y.shape[2:]), x)
+        y = keep_layout(y.reshape(x.shape[0], -1, *y.shape[2:]), x)
     return y if bias is None else y + mix(mixing, bias).reshape(*y.shape[:2], *[1] * (x.dim() - 2))
 
 
