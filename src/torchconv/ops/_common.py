@@ -94,6 +94,14 @@ def conv_nd(
     return convolve(x, weight, bias, strides, tuple(a for a, _ in pads), dilations, groups)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of every position of a map (N, C, H, W); arguments as of ``nn.LayerNorm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def apply_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """What ``conv(x)`` gives, computed by :func:`conv_nd`, which has faster depthwise gradients on a CPU."""
     if isinstance(conv.padding, str) or type(conv) not in CONV:  # replaced by something else: let it do its own

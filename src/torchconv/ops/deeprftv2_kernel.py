@@ -23,21 +23,10 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
-from torchconv.ops._common import apply_conv, check_input
+from torchconv.ops._common import ChannelNorm, apply_conv, check_input
 from torchconv.ops.deeprftv2_reversible import MEMORIES, keep_away_from_zero, reversible_column
 
 LEVELS = 4
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of every position of (N, C, H, W), eps 1e-6."""
-
-    def __init__(self, channels: int, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(channels, eps=1e-6, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @part(
@@ -73,7 +62,7 @@ class NAFBlock(nn.Module):
         check_positive("channels", channels)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = channels
-        self.norm1, self.norm2 = LayerNorm2d(channels, **options), LayerNorm2d(channels, **options)
+        self.norm1, self.norm2 = ChannelNorm(channels, eps=1e-6, **options), ChannelNorm(channels, eps=1e-6, **options)
         self.conv1 = nn.Conv2d(channels, 2 * channels, 1, **options)
         self.conv2 = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, **options)
         self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1, **options))
@@ -235,7 +224,7 @@ class FourierKernelEstimator(nn.Module):
         )
         self.end_ker1 = nn.ModuleDict(
             {
-                "norm": LayerNorm2d(width, **options) if norm else nn.Identity(),
+                "norm": ChannelNorm(width, eps=1e-6, **options) if norm else nn.Identity(),
                 "ending": pointwise(width, 2 * channels, bias=True),
             }
         )

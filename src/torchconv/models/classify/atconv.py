@@ -33,17 +33,10 @@ from torchconv.catalog import part
 from torchconv.models._backbone import POOLS, Backbone
 from torchconv.models._drop_path import DropPath
 from torchconv.models._registry import register_model
+from torchconv.ops._common import ChannelNorm
 from torchconv.ops.atconv import ATConv2d
 
 T = TypeVar("T")
-
-
-class PixelLayerNorm(nn.LayerNorm):
-    """Layer norm over the channels of each pixel of a map (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PixelRMSNorm(nn.Module):
@@ -147,8 +140,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
         self.layer_scale_1 = LayerScale(channels) if layer_scale else nn.Identity()
         self.layer_scale_2 = LayerScale(channels) if layer_scale else nn.Identity()
-        self.norm_1 = PixelLayerNorm(channels, eps=1e-6)
-        self.norm_2 = PixelLayerNorm(channels, eps=1e-6)
+        self.norm_1 = ChannelNorm(channels, eps=1e-6)
+        self.norm_2 = ChannelNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both branches."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_choice
@@ -20,17 +19,8 @@ from torchconv.catalog import part
 from torchconv.models._backbone import POOLS, Backbone
 from torchconv.models._drop_path import drop_path
 from torchconv.models._registry import register_model
+from torchconv.ops._common import ChannelNorm
 from torchconv.ops.dcls import DCLSConv2d, share_positions
-
-
-class ChannelsFirstNorm(nn.LayerNorm):
-    """Layer norm over the channels of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each position over its channels."""
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
-            0, 3, 1, 2
-        )
 
 
 class Block(nn.Module):
@@ -136,9 +126,9 @@ class ConvNeXtDCLS(Backbone):
         before = in_chans
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             if i == 0:
-                layers = [nn.Conv2d(before, dim, 4, stride=4), ChannelsFirstNorm(dim, eps=1e-6)]
+                layers = [nn.Conv2d(before, dim, 4, stride=4), ChannelNorm(dim, eps=1e-6)]
             else:
-                layers = [ChannelsFirstNorm(before, eps=1e-6), nn.Conv2d(before, dim, 2, stride=2)]
+                layers = [ChannelNorm(before, eps=1e-6), nn.Conv2d(before, dim, 2, stride=2)]
             self.downsample_layers.append(nn.Sequential(*layers))
             own, rates = rates[:depth], rates[depth:]
             options = (dcls_kernel_size, dcls_kernel_count, version)

@@ -19,16 +19,9 @@ from torch import Tensor, nn
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.models._drop_path import DropPath
-from torchconv.ops._common import apply_conv
+from torchconv.ops._common import ChannelNorm, apply_conv
 from torchconv.ops.hrvmamba import MultiKernelDWConv2d, channel_shuffle
 from torchconv.ops.hrvmamba_scan import Pointwise, SelectiveScan2d
-
-
-class _Norm(nn.LayerNorm):
-    """Layer norm over the channels of every position of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class _MLP(nn.Module):
@@ -93,11 +86,11 @@ class DVSSBlock(nn.Module):
         scan = {"ratio": ratio, "states": states, "rank": rank, "gated": gated, "head_kernel": head_kernel}
         self.cpe1 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **options) if local else None
         self.cpe2 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **options) if local else None
-        self.norm0 = _Norm(channels, **options)
+        self.norm0 = ChannelNorm(channels, **options)
         self.conv2d = MultiKernelDWConv2d(channels, **options)
-        self.norm = _Norm(channels, **options)
+        self.norm = ChannelNorm(channels, **options)
         self.op = SelectiveScan2d(channels, attention=local, backend=backend, **scan, **options)  # type: ignore[arg-type]
-        self.norm2 = _Norm(channels, **options)
+        self.norm2 = ChannelNorm(channels, **options)
         self.mlp = _MLP(channels, int(channels * mlp_ratio), **options)
         self.drop_path = DropPath(drop_path)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
@@ -21,15 +20,8 @@ from torchconv.catalog import part
 from torchconv.models._backbone import Backbone
 from torchconv.models._drop_path import DropPath
 from torchconv.models._registry import register_model
+from torchconv.ops._common import ChannelNorm
 from torchconv.ops.spartan import CMixer, ConvNormAct, SMixer
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of every position of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return y.permute(0, 3, 1, 2)
 
 
 class SpaRTANBlock(nn.Module):
@@ -58,7 +50,7 @@ class SpaRTANBlock(nn.Module):
         super().__init__()
 
         def norm() -> nn.Module:
-            return nn.GroupNorm(1, channels, eps=1e-6) if use_group else _ChannelNorm(channels, eps=1e-6)
+            return nn.GroupNorm(1, channels, eps=1e-6) if use_group else ChannelNorm(channels, eps=1e-6)
 
         self.norm_1, self.norm_2 = norm(), norm()
         self.smixer = SMixer(channels, s_groups)
