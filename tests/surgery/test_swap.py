@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torchconv.models import create_model
 from torchconv.ops.dcls import DCLSConv2d
 from torchconv.surgery import swap
 from torchconv.weights import from_pretrained, save
+
+swapping = importlib.import_module("torchconv.surgery.swap")  # the package has a function of that name
 
 
 def network() -> nn.Module:
@@ -84,6 +87,13 @@ def test_what_cannot_be_replaced_is_named() -> None:
 
     with pytest.raises(ValueError, match="own way"):
         swap(nn.Sequential(nn.Conv2d(3, 3, 1), Scaled(3, 3, 3, padding=1)), "conv")
+
+
+def test_an_operator_of_another_shape_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swapping, "_build", lambda conv, edit: nn.Identity() if conv.stride != (1, 1) else conv)
+    model: Any = swap(network(), "conv", where="all", keep_weights=False)
+    assert set(model.swap_report.kept) == {"0", "5"}
+    assert "the operator gives" in model.swap_report.kept["0"]
 
 
 def test_selection_training_and_sharing() -> None:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from torchconv._common import check
-from torchconv.catalog import load, operator
+from torchconv.catalog import Part, load, operator
 from torchconv.ops import as_conv
 from torchconv.ops._common import CONV, resolve_padding
 from torchconv.ops.roles import options_of
-from torchconv.surgery.structure import Edit, apply_edits, note, put, verb
+from torchconv.surgery.structure import Edit, note, put, verb
 
 Where = str | Callable[[str, nn.Module], bool]
 ROLES = ("all", "spatial", "depthwise", "pointwise", "stem")
@@ -100,15 +100,14 @@ def swap(
     edits: list[Edit] = []
     for path, conv in chosen.items():
         try:
-            settings = _settings(announced.name, conv, dict(options))
-            edit: Edit = {"verb": "swap", "path": path, "to": to, "settings": settings}
+            edit: Edit = {"verb": "swap", "path": path, "to": to, "settings": _settings(announced, conv, options)}
             made = _build(conv, edit).to(conv.weight.device, conv.weight.dtype).train(conv.training)
+            if keep_weights:
+                _carry_over(to, conv, made)
+            layers.append(_judge(path, conv, made, keep_weights))
         except ValueError as error:
             kept[path] = str(error)
             continue
-        if keep_weights:
-            _carry_over(to, conv, made)
-        layers.append(_judge(path, conv, made, keep_weights))
         put(new, path, made)
         edits.append(edit)
     reasons = "; ".join(f"{p}: {why}" for p, why in kept.items()) or f"where={where!r} matches no convolution"
@@ -151,13 +150,13 @@ def _select(model: nn.Module, where: Where) -> dict[str, Any]:
     return {n: m for n, m in found.items() if has_role(n, m)}
 
 
-def _settings(to: str, conv: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _settings(announced: Part, conv: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Constructor options of the operator that stands for ``conv``, or a ``ValueError`` that says why it cannot."""
     if type(conv) not in CONV:
         raise ValueError(f"{type(conv).__name__} computes its kernel in its own way")
     if conv.padding_mode != "zeros":
         raise ValueError(f"padding_mode={conv.padding_mode!r} is not zeros")
-    announced = operator(to)
+    to = announced.name
     known = options_of(announced, conv.weight.dim() - 2)
     settings = {**announced.conv, **options}
     if "groups" not in settings and conv.groups > 1:
@@ -283,7 +282,7 @@ def _judge(path: str, conv: Any, made: nn.Module, keep_weights: bool) -> Swapped
     noise = noise.to(conv.weight.device, conv.weight.dtype)
     ours, theirs = (copy.deepcopy(m).eval()(noise) for m in (made, conv))
     if ours.shape != theirs.shape:
-        raise ValueError(f"{path}: the operator gives {tuple(ours.shape)}, the convolution {tuple(theirs.shape)}")
+        raise ValueError(f"the operator gives {tuple(ours.shape)}, the convolution {tuple(theirs.shape)}")
     difference = _relative(ours, theirs)
     transfer = "fresh" if not keep_weights or difference > CLOSE else "exact" if difference <= EXACT else "approximate"
     return SwappedLayer(path, _name(conv), _name(made), transfer, difference)
@@ -299,6 +298,3 @@ def _relative(ours: Any, theirs: Any) -> float:
         return max(_relative(a, b) for a, b in zip(ours, theirs, strict=True))
     scale = float(theirs.abs().max()) or 1.0
     return float((ours - theirs).abs().max()) / scale
-
-
-__all__ = ["SwapReport", "SwappedLayer", "apply_edits", "swap"]
