@@ -412,9 +412,10 @@ def test_section_of_the_report(tmp_path: Path) -> None:
 
 
 def test_trained_networks_agree_stage_by_stage() -> None:
-    from torchconv.claims.cka import _files, _network, cat_view
+    from torchconv.claims._support import trained_resnets
+    from torchconv.claims.cka import _network, cat_view
 
-    files = _files()
+    files = trained_resnets()
     images = next(Path(os.environ.get("TORCHCONV_DATA", "nowhere")).glob("cifar10_lossless/*.npz"), None)
     if len(files) < 4 or images is None:
         pytest.skip("needs cifar10_resnet/ and cifar10_lossless/ in $TORCHCONV_DATA")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from torchconv.claims import Evidence
 
 
 def train(
@@ -62,3 +65,33 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float], scale: float
     mean = sum(differences) / len(differences)
     low, high = stats.t.interval(0.95, len(differences) - 1, loc=mean, scale=stats.sem(differences))
     return mean, float(low), float(high)
+
+
+def trained_resnets() -> dict[int, Path]:
+    """Files of trained CIFAR-10 ResNets by depth (20, 32, 44, 56), those that the data folders hold."""
+    from torchconv.data.named import places
+
+    found: dict[int, Path] = {}
+    for place in places(None):
+        for folder in (place / "cifar10_resnet", place):
+            for depth in (20, 32, 44, 56):
+                for path in sorted(folder.glob(f"resnet{depth}-*.th"))[:1]:
+                    found.setdefault(depth, path)
+    return found
+
+
+def without_resnets(unit: str) -> Evidence:
+    """What a claim says that needs :func:`trained_resnets` and finds them missing."""
+    return Evidence(
+        effect=0.0,
+        low=0.0,
+        high=0.0,
+        unit=unit,
+        meaning="nothing was measured",
+        verdict="inconclusive",
+        notes=[
+            "The weights are missing, so nothing was measured: put resnet20-*.th, resnet32-*.th, resnet44-*.th and "
+            "resnet56-*.th (trained CIFAR-10 networks) into a folder cifar10_resnet and name its parent with "
+            "$TORCHCONV_DATA."
+        ],
+    )

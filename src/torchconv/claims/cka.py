@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import trained_resnets, without_resnets
 
-DEPTHS = (20, 32, 44, 56)
 LUMINANCE = (0.299, 0.587, 0.114)
 BLURS = (0.0, 0.5, 1.0)
 
@@ -31,9 +31,9 @@ def run(budget: str, progress: Progress) -> Evidence:
     from torchconv.analysis.cka import blocks, compare_layers, features
     from torchconv.data import load, normalise
 
-    files = _files()
+    files = trained_resnets()
     if not files:
-        return _missing()
+        return without_resnets("CKA")
     draws, count = (40, 300) if budget == "quick" else (200, 2000)
     test = load("cifar10").test
     generator = torch.Generator().manual_seed(0)
@@ -173,29 +173,3 @@ def _network(depth: int, path: Path) -> Any:
     model = nn.Sequential(parts)
     model.load_state_dict(read_state(path))
     return model.eval()
-
-
-def _files() -> dict[int, Path]:
-    from torchconv.data.named import places
-
-    found: dict[int, Path] = {}
-    for place in places(None):
-        for depth in DEPTHS:
-            for path in sorted((place / "cifar10_resnet").glob(f"resnet{depth}-*.th"))[:1]:
-                found.setdefault(depth, path)
-    return found
-
-
-def _missing() -> Evidence:
-    return Evidence(
-        effect=0.0,
-        low=0.0,
-        high=0.0,
-        unit="CKA",
-        meaning="nothing was measured",
-        verdict="inconclusive",
-        notes=[
-            "The weights are missing, so nothing was measured: put resnet20-*.th to resnet56-*.th (trained CIFAR-10 "
-            "networks) into a folder cifar10_resnet and name its parent with $TORCHCONV_DATA."
-        ],
-    )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
+from torchconv.claims._support import trained_resnets, without_resnets
 
-DEPTHS = (20, 32, 44, 56)
 PRUNED = 0.7
 OTHERS = {"VDSR (super-resolution)": "vdsr_291.safetensors", "DnCNN (denoising)": "dncnn_25.pth"}
 
@@ -31,9 +30,9 @@ def run(budget: str, progress: Progress) -> Evidence:
     from torchconv.analysis.filterdb import inspect_filters, layers, study
     from torchconv.weights import read_state
 
-    files = _files()
-    if files is None:
-        return _missing()
+    files = trained_resnets()
+    if len(files) < 4:
+        return without_resnets("symmetric KL divergence D")
     trained = {f"ResNet-{d}": read_state(path) for d, path in files.items()}
     trained = {n: {k: t for k, t in s.items() if t.dim() == 4} for n, s in trained.items()}
     noise = {f"random {n}": _random(s, seed) for seed, (n, s) in enumerate(trained.items())}
@@ -82,33 +81,6 @@ def run(budget: str, progress: Progress) -> Evidence:
             "A bootstrap that draws a layer twice makes small groups, whose shift is larger: the interval is cautious.",
             "Cut-offs of the verdicts are torchconv's; the paper gives the metrics and the random level.",
             *([] if others else ["No folder sr_denoise_weights was found: networks of other tasks were left out."]),
-        ],
-    )
-
-
-def _files() -> dict[int, Path] | None:
-    from torchconv.data.named import places
-
-    for place in places(None):
-        for folder in (place / "cifar10_resnet", place):
-            found = {d: next(iter(folder.glob(f"resnet{d}-*.th")), None) for d in DEPTHS}
-            if all(found.values()):
-                return {d: p for d, p in found.items() if p is not None}
-    return None
-
-
-def _missing() -> Evidence:
-    return Evidence(
-        effect=0.0,
-        low=0.0,
-        high=0.0,
-        unit="symmetric KL divergence D",
-        meaning="nothing was measured",
-        verdict="inconclusive",
-        notes=[
-            "The data are missing, so nothing was measured: put resnet20-*.th, resnet32-*.th, resnet44-*.th and "
-            "resnet56-*.th (trained CIFAR-10 networks) into a folder cifar10_resnet and name its parent with "
-            "$TORCHCONV_DATA."
         ],
     )
 

@@ -18,7 +18,6 @@ this imports triton.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchconv.kernels._depthwise_forms import Geometry, _stuffed
+from torchconv.kernels._triton import interpreted
 
 _BANDS = 1 << 26  # entries of the banded matrices, and of the unsummed gradient, made at one time
 _ROWS = 64  # windows of a program
@@ -121,11 +121,6 @@ def _weight_kernel(
     ok = (t >= 0) & (t - v * DW == 0) & (v < KW)
     place = (pid.to(tl.int64) * tl.num_programs(2) + split) * (BW * KW)
     tl.store(sums + place + j * KW + v, acc, mask=ok)
-
-
-def interpreted() -> bool:
-    """Triton runs its kernels in Python, on any tensors, where ``TRITON_INTERPRET`` is set before its import."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _solid(geo: Geometry) -> Geometry:

@@ -11,7 +11,6 @@ float32, against 24·B·N·(N_1 + N_2) FLOPs a channel. The kernel's transform K
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import lru_cache
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from torchconv.kernels import _long_forms as forms
 from torchconv.kernels._long_monarch import dft_matrix, power_of_two, roots
+from torchconv.kernels._triton import interpreted
 
 LONGEST = 4096  # samples of a transform: 64 × 64, whose parts fill the registers of a block of threads
 _SHORTEST = 256  # 16 × 16, the smallest product of matrix units
@@ -131,7 +131,7 @@ def refusal(x: Tensor, kernel: Tensor, origin: int) -> str:
 @lru_cache(maxsize=64)
 def _problem(kind: str, index: int | None) -> str:
     """The kernel is tried once on a device before it is believed."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if interpreted():
         return ""
     if kind != "cuda":
         return f"x is on {kind}, and TRITON_INTERPRET is not 1"

@@ -10,7 +10,14 @@ from functools import lru_cache
 import torch
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def interpreted() -> bool:
+    """Triton runs its kernels in Python, on any tensors, where ``TRITON_INTERPRET`` is set before its import."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_INTERPRETED = interpreted()  # asked in hot paths, and fixed once triton is imported
 
 
 def triton_available(device: torch.device) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from torchconv.kernels._triton import interpreted
 
 
 def trustworthy(name: str, device: torch.device) -> bool:
@@ -28,10 +29,13 @@ _remembered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=64)
 def _tried(name: str, kind: str, index: int | None) -> bool:
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if importlib.util.find_spec("triton") is None or kind not in ("cuda", "cpu") or (kind == "cpu" and not interpreted):
+    if (
+        importlib.util.find_spec("triton") is None
+        or kind not in ("cuda", "cpu")
+        or (kind == "cpu" and not interpreted())
+    ):
         return False
-    if interpreted:
+    if interpreted():
         return True  # the interpreter takes seconds where a device takes microseconds, and tests compare anyway
     device = torch.device(kind) if index is None else torch.device(kind, index)
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

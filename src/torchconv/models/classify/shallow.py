@@ -59,8 +59,6 @@ class ResidualClassifier(Backbone):
     Reference: arXiv 2309.08414.
     """
 
-    head_name = "head"
-
     def __init__(
         self,
         num_classes: int = 10,
