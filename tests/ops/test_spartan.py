@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from torchconv.models.classify.spartan import SpaRTAN, SpaRTANBlock, spartan_s
+from tests.ops.harness import randomise
+from torchconv.models.classify.spartan import SpaRTAN, SpaRTANBlock, read_official, spartan_s
 from torchconv.ops.spartan import CMixer, SMixer, rotate_pairs
 
 
@@ -112,3 +115,42 @@ def test_stage_without_blocks_keeps_size() -> None:
 def test_bad_arguments(build: object, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         build()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("ratio", [2, 3, 4])
+def test_rotation_goes_into_the_inner_convolution_where_pairs_stay_together(groups: int, ratio: int) -> None:
+    mixer = randomise(CMixer(8, ratio, groups)).double().eval()
+    merged = mixer.merge()
+    torch.testing.assert_close(merged(image()), mixer(image()))
+    assert (merged.complex is None) == (groups > 1 and ratio % 2 == 0)
+    assert merged.conv.conv.weight.shape == mixer.conv.conv.weight.shape
+
+
+def test_network_merges_exactly() -> None:
+    model = randomise(SpaRTAN(5, 3, (1, 1, 1, 1), (4, 3, 2, 3), 8, (16, 24, 32))).double().eval()
+    x = torch.randn(2, 3, 48, 40, generator=torch.Generator().manual_seed(0)).double()
+    merged = model.merge()
+    torch.testing.assert_close(merged(x), model(x))
+    left = {n.rsplit(".", 1)[-1] for n, _ in merged.named_parameters() if "scale" in n or "norm" in n}
+    assert left == {"weight", "bias"}  # of the group norms
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in merged.modules())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ((1, 2, 3, 1), (4, 4, 2, 2), 8, (16, 24, 32)),
+        ((2,), (3,), 16, ()),
+        ((1, 2, 1), (2, 3, 4), 8, (16, 32)),
+        ((0, 0, 1, 2, 1), (2, 2, 2, 4, 2), 8, (8, 8, 16, 24)),
+        ((1, 1, 0, 0), (2, 3, 2, 2), 8, (16, 24, 24)),
+    ],
+)
+def test_layout_is_read_off_the_tensors(layout: tuple[Any, ...]) -> None:
+    model = SpaRTAN(5, 3, *layout)
+    found = read_official(model.state_dict())
+    twin = SpaRTAN(5, 3, **found)
+    twin.load_state_dict(model.state_dict())
+    assert tuple(map(tuple, (found["layer_depths"], found["dims"]))) == (layout[0], layout[3])
+    assert twin.eval()(torch.ones(1, 3, 64, 64)).equal(model.eval()(torch.ones(1, 3, 64, 64)))

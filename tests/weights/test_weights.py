@@ -25,6 +25,7 @@ NETS: dict[str, dict[str, Any]] = {
     "attnet_xxs": {},
     "eca_resnet18": {"k_size": (3, 9, 5, 7)},
     "convnext_dcls_mini": {},
+    "spartan_s": {"layer_depths": (1, 1, 2, 1), "expand_ratios": (4, 3, 2, 3), "init_dim": 16, "dims": (24, 32, 40)},
 }
 
 
@@ -67,7 +68,7 @@ def test_official_files(name: str, tmp_path: Path) -> None:
     assert other.load_report.mismatched
 
 
-@pytest.mark.parametrize("name", ["unireplknet_a", "inception_next_atto", "lsnet_t", "convnext_dcls_mini"])
+@pytest.mark.parametrize("name", ["unireplknet_a", "inception_next_atto", "lsnet_t", "convnext_dcls_mini", "spartan_s"])
 def test_merged_files(name: str, tmp_path: Path) -> None:
     net: Any = built(name)
     with torch.no_grad():

@@ -10,7 +10,8 @@ With h = C/2 and m = eC a pixel costs 3·9·h²/groups + Ch + C² and 3Cm + 9m·
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.kernels._layout import keep_layout
+from torchconv.ops._common import fold_bn, make_conv
 
 
 class ConvNormAct(nn.Module):
@@ -48,6 +50,25 @@ class ConvNormAct(nn.Module):
         """Convolve, normalise, activate."""
         y: Tensor = self.act(self.norm(self.conv(x)))
         return y
+
+    def merge(self) -> ConvNormAct:
+        """The exact inference form: the batch norm folded into the convolution."""
+        merged: Any = copy.deepcopy(self).eval()
+        if isinstance(self.norm, nn.BatchNorm2d):
+            conv, norm = merged.conv, merged.norm.double()
+            weight, bias = fold_bn(conv.weight.double(), None, norm)
+            merged.conv = _like(conv, weight, bias)
+            merged.norm = nn.Identity()
+        folded: ConvNormAct = merged
+        return folded
+
+
+def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The convolution with another weight and bias, given in double precision."""
+    dtype = conv.weight.dtype
+    shift = None if bias is None else bias.to(dtype)
+    padding: Any = conv.padding
+    return make_conv(weight.to(dtype), shift, conv.stride, padding, conv.dilation, conv.groups)
 
 
 class _SE(nn.Module):
@@ -84,6 +105,7 @@ def rotate_pairs(x: Tensor, z: Tensor) -> Tensor:
     paper="spartan",
     kind="layer",
     dims=(2,),
+    merges="self",
     probe={"build": {"channels": 8}, "inputs": [[2, 8, 6, 5]]},
     keywords="SpaRTAN spatial mixer multi-order receptive fields dilated squeeze excitation",
 )
@@ -128,13 +150,31 @@ class SMixer(nn.Module):
         y: Tensor = self.proj_out(torch.cat([self.h_attn(self.h_conv(x)), self.l_attn(self.l_conv(x))], 1))
         return y
 
+    def merge(self, scale: Tensor | None = None) -> Self:
+        """The exact inference form: batch norms folded, and ``scale`` (C values) of the result into ``proj_out``."""
+        merged: Any = copy.deepcopy(self).eval()
+        merged.h_conv = self.h_conv.merge()
+        merged.l_conv = nn.Sequential(*(layer.merge() for layer in self.l_conv))  # type: ignore[operator]
+        merged.proj_out = _scaled(merged.proj_out, scale)
+        folded: Self = merged
+        return folded
+
+
+def _scaled(conv: nn.Conv2d, scale: Tensor | None) -> nn.Module:
+    """A convolution whose output is multiplied by a number for each channel."""
+    if scale is None or conv.bias is None:
+        return conv
+    factor = scale.detach().double().flatten()
+    return _like(conv, conv.weight.double() * factor.reshape(-1, 1, 1, 1), conv.bias.double() * factor)
+
 
 @part(
     "cmixer",
     paper="spartan",
     kind="layer",
     dims=(2,),
-    probe={"build": {"channels": 8}, "inputs": [[2, 8, 6, 5]]},
+    merges="self",
+    probe={"build": {"channels": 8, "groups": 8}, "inputs": [[2, 8, 6, 5]]},
     keywords="SpaRTAN channel mixer wave complex rotation strongest channel aggregation",
 )
 class CMixer(nn.Module):
@@ -163,7 +203,7 @@ class CMixer(nn.Module):
         check(hidden % 2 == 0, "expand_ratio", expand_ratio, "times channels must be even: channels rotate in pairs")
         self.theta = nn.Conv2d(channels, hidden, 1, **options)
         self.proj = nn.Conv2d(channels, hidden, 1, **options)
-        self.complex = nn.Parameter(torch.randn(1, 1, 1, hidden // 2, 2, **options))
+        self.complex: nn.Parameter | None = nn.Parameter(torch.randn(1, 1, 1, hidden // 2, 2, **options))
         inner = channels if groups > 1 else hidden
         self.conv = ConvNormAct(hidden, hidden, 3, padding=1, groups=inner, act=nn.GELU(), **options)
         self.attn = _SE(hidden, channels // 4, **options)
@@ -174,5 +214,27 @@ class CMixer(nn.Module):
         strongest = x.argmax(1, keepdim=True)
         f = self.proj(x) * F.gelu(self.theta(x))
         f = f + f.gather(1, strongest)
-        y: Tensor = self.proj_out(self.attn(self.conv(rotate_pairs(f, self.complex))))
+        f = f if self.complex is None else rotate_pairs(f, self.complex)
+        y: Tensor = self.proj_out(self.attn(self.conv(f)))
         return y
+
+    def merge(self, scale: Tensor | None = None) -> Self:
+        """The exact inference form: batch norm folded, and ``scale`` (C values) of the result into ``proj_out``.
+
+        Where no pair of channels is split between groups of the inner convolution, the rotation goes into its weight,
+        which has as many numbers as before. A depthwise one would need twice as many: there the rotation stays.
+        """
+        merged: Any = copy.deepcopy(self).eval()
+        merged.conv = self.conv.merge()
+        merged.proj_out = _scaled(merged.proj_out, scale)
+        width = self.conv.conv.weight.shape[1]
+        if self.complex is not None and width % 2 == 0:
+            conv = merged.conv.conv
+            # The conjugate is the transposed map; rows of the weight take the input's place.
+            z = self.complex.detach().double().reshape(-1, 2) * torch.tensor([1.0, -1.0]).to(self.complex.device)
+            rows = conv.weight.double().unflatten(0, (conv.groups, -1)).movedim(1, 0).flatten(1, 2)
+            rows = rotate_pairs(rows, z).unflatten(1, (conv.groups, width)).movedim(0, 1).flatten(0, 1)
+            merged.conv.conv = _like(conv, rows, conv.bias.double())
+            merged.complex = None
+        folded: Self = merged
+        return folded

@@ -8,8 +8,9 @@ multiplications at 224 × 224. Parameter names are those of the authors' checkpo
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,19 +56,34 @@ class SpaRTANBlock(nn.Module):
         self.norm_1, self.norm_2 = norm(), norm()
         self.smixer = SMixer(channels, s_groups)
         self.cmixer = CMixer(channels, expand_ratio, c_groups)
-        self.scale_1 = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
-        self.scale_2 = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
+        self.scale_1: nn.Parameter | None = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
+        self.scale_2: nn.Parameter | None = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x``."""
-        x = x + self.drop_path(self.scale_1 * self.smixer(self.norm_1(x)))
-        y: Tensor = x + self.drop_path(self.scale_2 * self.cmixer(self.norm_2(x)))
-        return y
+        y = self.smixer(self.norm_1(x))
+        x = x + self.drop_path(y if self.scale_1 is None else self.scale_1 * y)
+        y = self.cmixer(self.norm_2(x))
+        x = x + self.drop_path(y if self.scale_2 is None else self.scale_2 * y)
+        return x
+
+    def merge(self) -> SpaRTANBlock:
+        """The exact inference form: mixers merged, the scales in their last convolutions."""
+        merged: Any = copy.deepcopy(self).eval()
+        merged.smixer, merged.cmixer = self.smixer.merge(self.scale_1), self.cmixer.merge(self.scale_2)
+        merged.scale_1 = merged.scale_2 = None
+        block: SpaRTANBlock = merged
+        return block
 
 
 @part(
-    "spartan-net", paper="spartan", kind="model", dims=(2,), keywords="SpaRTAN light classifier backbone spatial mixer"
+    "spartan-net",
+    paper="spartan",
+    kind="model",
+    dims=(2,),
+    merges="self",
+    keywords="SpaRTAN light classifier backbone spatial mixer",
 )
 class SpaRTAN(Backbone):
     """SpaRTAN classifier.
@@ -147,6 +163,14 @@ class SpaRTAN(Backbone):
         x = self.conv(x) if index == 0 else x
         return self.run(list(self.layers)[self.bounds[index] : self.bounds[index + 1]], x)
 
+    def merge(self) -> SpaRTAN:
+        """The exact inference form: batch norms and scales folded, and the late stages' rotations."""
+        net: Any = copy.deepcopy(self).eval()
+        for name in ("conv", "layers"):
+            setattr(net, name, nn.Sequential(*(layer.merge() for layer in getattr(net, name))))
+        merged: SpaRTAN = net
+        return merged
+
 
 def _start(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
@@ -162,6 +186,35 @@ def _start(module: nn.Module) -> None:
 def spartan_s(**options: Any) -> SpaRTAN:
     """SpaRTAN-S: 3.82 M parameters, 0.800 G multiplications at 224; ImageNet 77.7 % (published)."""
     return SpaRTAN(**options)
+
+
+def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of the network that a checkpoint of the authors belongs to, from the shapes of its tensors.
+
+    Stages without blocks leave no tensors; as many are put in as the change from dense to depthwise stages, which
+    happens half-way, asks for.
+    """
+    count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    widths, depths, ratios, late = [int(state["conv.1.conv.weight"].shape[0])], [0], [2], [True]
+    for index in range(count):
+        if f"layers.{index}.conv.weight" in state:
+            widths.append(int(state[f"layers.{index}.conv.weight"].shape[0]))
+            depths.append(0)
+            ratios.append(2)
+            late.append(True)
+            continue
+        depths[-1] += 1
+        ratios[-1] = int(state[f"layers.{index}.cmixer.theta.weight"].shape[0]) // widths[-1]
+        late[-1] = state[f"layers.{index}.smixer.h_conv.conv.weight"].shape[1] == 1
+    before = max(0, 2 * sum(late) - 1 - len(late))
+    after = max(0, len(late) - 2 * sum(late))
+    widths = [widths[0]] * before + widths + [widths[-1]] * after
+    return {
+        "layer_depths": (0,) * before + tuple(depths) + (0,) * after,
+        "expand_ratios": (2,) * before + tuple(ratios) + (2,) * after,
+        "init_dim": widths[0],
+        "dims": tuple(widths[1:]),
+    }
 
 
 VARIANTS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (spartan_s,)}
