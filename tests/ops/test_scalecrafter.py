@@ -14,17 +14,8 @@ from torch import nn
 
 from torchconv.models.generate.guidance import attention_scale, classifier_free_guidance, noise_damped_guidance
 from torchconv.models.generate.unet import SmallUNet
-from torchconv.ops.scalecrafter import (
-    DispersedConv2d,
-    ReDilatedConv1d,
-    ReDilatedConv2d,
-    ReDilatedConv3d,
-    disperse_conv,
-    disperse_kernel,
-    dispersion_matrix,
-    redilate_conv,
-    step_factor,
-)
+from torchconv.ops.scalecrafter import ReDilatedConv1d, ReDilatedConv2d, ReDilatedConv3d, redilate_conv, step_factor
+from torchconv.ops.scalecrafter_dispersed import DispersedConv2d, disperse_conv, disperse_kernel, dispersion_matrix
 
 
 def noise(*shape: int) -> torch.Tensor:

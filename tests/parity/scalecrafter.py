@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from tests.parity.core import Adapted, Case
 from torchconv.models.generate.guidance import classifier_free_guidance, noise_damped_guidance
 from torchconv.models.generate.unet import SmallUNet
-from torchconv.ops.scalecrafter import (
-    ReDilatedConv2d,
-    disperse_conv,
-    disperse_kernel,
-    dispersion_matrix,
-    redilate_conv,
-    step_factor,
-)
+from torchconv.ops.scalecrafter import ReDilatedConv2d, redilate_conv, step_factor
+from torchconv.ops.scalecrafter_dispersed import disperse_conv, disperse_kernel, dispersion_matrix
 
 _MODES = {"bilinear": "linear", "nearest": "nearest", "bicubic": "cubic"}
 

@@ -1,4 +1,4 @@
-"""Convolutions that see further than they were trained to: re-dilation and dispersion (ScaleCrafter).
+"""Convolutions that see further than they were trained to: re-dilation (ScaleCrafter).
 
 Y. He, S. Yang et al. 2023, "ScaleCrafter: Tuning-free Higher-Resolution Visual Generation with Diffusion Models",
 arXiv 2310.07702.
@@ -9,11 +9,11 @@ resizes the map around the convolution:
 
     d = ⌈φ⌉,  s = d/φ,     y = resize_{L/stride}( conv_{dilation d}( resize_{round(sL)}(x), W ) )
 
-Dispersion replaces a k × k kernel by a larger one, w' = R·vec(w), with the fixed matrix R that best reproduces on the
-enlarged map what the small kernel does on the original one (:func:`dispersion_matrix`).
+The paper's other way, a larger kernel made from the small one, is in :mod:`torchconv.ops.scalecrafter_dispersed`;
+:func:`torchconv.surgery.redilate` does both to a whole network, by the steps of sampling.
 
-No parameters of their own. Integer φ: the multiply-adds of the plain convolution; fractional φ: (d/φ)^n times as many
-and two resizes; dispersion: (k'/k)^n times as many.
+No parameters of its own. Integer φ: the multiply-adds of the plain convolution; fractional φ: (d/φ)^n times as many and
+two resizes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from torchconv.ops._common import (
     make_conv,
     ntuple,
 )
-from torchconv.ops._dispersion import disperse_kernel, dispersion_matrix
 
 ROUNDING = ("ceil", "floor")
 _MODES: dict[str, tuple[str, ...]] = {
@@ -59,7 +58,8 @@ def _resize(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return F.interpolate(x, size=list(size), mode=word, align_corners=None if mode == "nearest" else False)
 
 
-def _check_factor(factor: float) -> None:
+def check_factor(factor: float) -> None:
+    """Refuse what is not a number of at least 1."""
     number = isinstance(factor, int | float) and not isinstance(factor, bool)
     check(number and 1 <= factor < math.inf, "factor", factor, "must be a number >= 1; 1 is the plain convolution")
 
@@ -103,7 +103,7 @@ def redilate_conv(
 
     Reference: arXiv 2310.07702, section 3.2.
     """
-    _check_factor(factor)
+    check_factor(factor)
     check_choice("mode", mode, _MODES)
     check_choice("rounding", rounding, ROUNDING)
     ndim = x.dim() - 2
@@ -148,29 +148,22 @@ def step_factor(factor: float, step: int, tau: int, progressive: bool = False, d
     return factor / 2 if dispersed else factor
 
 
-def disperse_conv(conv: nn.Module, matrix: Tensor) -> nn.Module:
-    """A plain ``nn.ConvNd`` with the dispersed kernel of ``conv``, and the padding that keeps the size.
-
-    Raises:
-        ValueError: ``conv`` is no convolution with odd, equal sizes and "same" padding.
-    """
-    original, _ = _as_same(conv)
-    weight = disperse_kernel(original.weight, matrix)
-    return make_conv(weight, original.bias, original.stride, "same", original.dilation, original.groups)
+def check_same_conv(conv: Any) -> None:
+    """Refuse a convolution that neither re-dilation nor dispersion can stand for."""
+    check(conv.padding_mode == "zeros", "padding_mode", conv.padding_mode, "re-dilation pads with zeros")
+    check_odd(conv.kernel_size, "re-dilation")
+    check_same(conv.padding, conv.kernel_size, "re-dilation", conv.dilation)
 
 
-def _as_same(conv: nn.Module) -> tuple[Any, int]:
-    """``conv`` as a convolution, and its dimensions; refuses what re-dilation cannot replace."""
+def as_same_conv(conv: nn.Module) -> tuple[Any, int]:
+    """``conv`` as a plain convolution that can be re-dilated, and its dimensions."""
     if type(conv) not in CONV[1:]:
         raise ValueError(f"conv={type(conv).__name__}: expected nn.Conv1d, nn.Conv2d or nn.Conv3d")
-    found: Any = conv
-    check(found.padding_mode == "zeros", "padding_mode", found.padding_mode, "re-dilation pads with zeros")
-    check_odd(found.kernel_size, "re-dilation")
-    check_same(found.padding, found.kernel_size, "re-dilation", found.dilation)
-    return found, CONV.index(type(conv))
+    check_same_conv(conv)
+    return conv, CONV.index(type(conv))
 
 
-class _SameConv(nn.Module):
+class SameConv(nn.Module):
     """Parameters and checks of both operators: a plain convolution with odd sizes and "same" padding."""
 
     ndim: ClassVar[int] = 0
@@ -229,7 +222,7 @@ class _SameConv(nn.Module):
     mixer={"kernel_size": 3, "groups": "channels"},
     keywords="re-dilation ScaleCrafter higher resolution generation diffusion U-Net fractional dilation tuning-free",
 )
-class ReDilatedConv(_SameConv):
+class ReDilatedConv(SameConv):
     """A convolution whose receptive field is ``factor`` times as wide, any factor ≥ 1.
 
     Args:
@@ -273,7 +266,7 @@ class ReDilatedConv(_SameConv):
         dtype: Any = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype)
-        _check_factor(factor)
+        check_factor(factor)
         check_choice("mode", mode, _MODES)
         check_choice("rounding", rounding, ROUNDING)
         self.factor, self.mode, self.rounding = factor, mode, rounding
@@ -281,7 +274,7 @@ class ReDilatedConv(_SameConv):
     @classmethod
     def from_conv(cls, conv: nn.Module, factor: float, mode: str = "linear", rounding: str = "ceil") -> ReDilatedConv:
         """Wrap an ``nn.ConvNd`` with odd sizes and "same" padding; the parameters are shared, not copied."""
-        original, ndim = _as_same(conv)
+        original, ndim = as_same_conv(conv)
         check(ndim == cls.ndim, "conv", type(conv).__name__, f"use ReDilatedConv{ndim}d")
         wrapped = cls(
             original.in_channels,
@@ -342,100 +335,5 @@ class ReDilatedConv2d(ReDilatedConv):
 
 class ReDilatedConv3d(ReDilatedConv):
     """Re-dilated convolution over (N, C, D, H, W)."""
-
-    ndim = 3
-
-
-@part(
-    "dispersed",
-    paper="scalecrafter",
-    kind="operator",
-    dims=(1, 2, 3),
-    mixes="space+channels",
-    supports=("stride", "channels", "groups", "dilation"),
-    merges="conv",
-    mixer={"kernel_size": 3, "groups": "channels"},
-    keywords="dispersed convolution ScaleCrafter kernel enlargement linear map higher resolution structure calibration",
-)
-class DispersedConv(_SameConv):
-    """A convolution with a larger kernel that is a fixed linear map of a small one: w' = R·vec(w).
-
-    Args:
-        in_channels: channels, divisible by ``groups``.
-        out_channels: None is ``in_channels``.
-        kernel_size: k of the learned kernel, odd, the same on every axis.
-        stride, dilation, groups, bias: as in ``nn.ConvNd``.
-        padding: "same", of the large kernel.
-        large: k' of the applied kernel, odd; unset is k + 2.
-        size, scale, eta, preserve_sum: of the map R, see :func:`dispersion_matrix`.
-
-    Shape:
-        (N, in_channels, L, …) → (N, out_channels, ⌈L / stride⌉, …).
-
-    Raises:
-        ValueError: an argument is out of range or not supported; the message names it.
-
-    Example:
-        >>> layer = DispersedConv2d(4, kernel_size=3)
-        >>> layer.weight.shape, layer.merge().weight.shape
-        (torch.Size([4, 4, 3, 3]), torch.Size([4, 4, 5, 5]))
-
-    Reference: He et al., arXiv 2310.07702.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int | None = None,
-        kernel_size: Size = 3,
-        stride: Size = 1,
-        padding: Padding = "same",
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        large: int | None = None,
-        size: int = 3,
-        scale: float = 2,
-        eta: float = 0.05,
-        preserve_sum: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype)
-        small = self.kernel_size[0]
-        check(set(self.kernel_size) == {small}, "kernel_size", kernel_size, "needs the same size on every axis")
-        large = small + 2 if large is None else large
-        # Neither parameter nor buffer: it follows from the arguments, keeps float64 and is no part of a checkpoint.
-        self.matrix = dispersion_matrix(small, large, size, scale, eta, self.ndim, preserve_sum)
-
-    def dispersed_weight(self) -> Tensor:
-        """The kernel that is applied, (out, in/groups, k', …); differentiable."""
-        return disperse_kernel(self.weight, self.matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x`` with the dispersed kernel."""
-        check_input(x, self.in_channels, self.ndim)
-        return conv_nd(x, self.dispersed_weight(), self.bias, self.stride, "same", self.dilation, self.groups)
-
-    def merge(self) -> nn.Module:
-        """The same map as an ``nn.ConvNd`` with the large kernel."""
-        return make_conv(self.dispersed_weight(), self.bias, self.stride, "same", self.dilation, self.groups)
-
-
-class DispersedConv1d(DispersedConv):
-    """Dispersed convolution over (N, C, L)."""
-
-    ndim = 1
-
-
-class DispersedConv2d(DispersedConv):
-    """Dispersed convolution over (N, C, H, W)."""
-
-    ndim = 2
-
-
-class DispersedConv3d(DispersedConv):
-    """Dispersed convolution over (N, C, D, H, W)."""
 
     ndim = 3
