@@ -28,8 +28,10 @@ ACTIVATIONS = (None, "silu", "swish")
 _HALF = (torch.float16, torch.bfloat16)
 _SHORT = 8  # taps; longer kernels have better forms than a pass a tap
 _FEW = 5  # taps up to which shifted rows beat PyTorch's convolution
-_LONG_ROW = 128  # positions from which they do
-_ROWS = 1 << 17  # elements of a block of rows, …
+_LONG_ROW = 512  # positions from which they do
+_MANY = 1 << 20  # elements beyond which they do: the convolution would clear that much new memory
+_MOST_PADDING = 6  # zeros that PyTorch's fast convolution of rows adds itself
+_ROWS = 1 << 20  # elements of a block of rows, …
 _SPAN = 1 << 18  # … and of a span of vectors
 
 
@@ -53,15 +55,19 @@ def _convolve_rows(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, mirro
             second.addcmul_(first, tap)
 
 
-def _native_rows(x: Tensor, w: Tensor, bias: Tensor | None, mirrored: bool = False) -> Tensor:
-    """The same by PyTorch's convolution, as a view."""
-    k = w.shape[1]
-    y = F.conv1d(x, (w.flip(1) if mirrored else w).unsqueeze(1), bias, padding=k - 1, groups=len(w))
-    return y.narrow(2, k - 1 if mirrored else 0, x.shape[2])
+def _native_rows(x: Tensor, w: Tensor, bias: Tensor | None, mirrored: bool = False, whole: bool = False) -> Tensor:
+    """The same by PyTorch's convolution, as a view unless it shall be ``whole``."""
+    before = w.shape[1] - 1
+    taps = (w.flip(1) if mirrored else w).unsqueeze(1)
+    if whole or before > _MOST_PADDING:
+        return F.conv1d(F.pad(x, (0, before) if mirrored else (before, 0)), taps, bias, groups=len(w))
+    y = F.conv1d(x, taps, bias, padding=before, groups=len(w))
+    return y.narrow(2, before if mirrored else 0, x.shape[2])
 
 
 def _shifts_pay(x: Tensor, w: Tensor) -> bool:
-    return (w.shape[1] <= _FEW and x.shape[2] >= _LONG_ROW) or x.dtype == torch.float64
+    few = w.shape[1] <= _FEW and x.shape[2] >= _LONG_ROW and x.numel() > _MANY
+    return few or x.dtype == torch.float64
 
 
 def _row_blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -77,8 +83,8 @@ def _row_blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _forward_rows(x: Tensor, w: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     if not _shifts_pay(x, w):
-        y = _native_rows(x, w, bias)
-        return (F.silu(y) if silu else y).contiguous()
+        y = _native_rows(x, w, bias, whole=not silu)
+        return F.silu(y).contiguous() if silu else y
     out = torch.empty_like(x)
     for block in _row_blocks(x, w):
         target, channels = out[block], block[1]
