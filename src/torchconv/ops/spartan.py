@@ -11,6 +11,7 @@ With h = C/2 and m = eC a pixel costs 3·9·h²/groups + Ch + C² and 3Cm + 9m·
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
-from torchconv.kernels._layout import keep_layout
+from torchconv.kernels._layout import is_channels_last
 from torchconv.ops._common import fold_bn, make_conv
 
 
@@ -94,10 +95,12 @@ def rotate_pairs(x: Tensor, z: Tensor) -> Tensor:
         tensor([-2.,  1.])
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    real, imaginary = z.to(dtype).reshape(1, -1, 2, 1, 1).unbind(2)
-    a, b = x.to(dtype)[:, 0::2], x.to(dtype)[:, 1::2]
-    y = torch.stack([a * real - b * imaginary, a * imaginary + b * real], 2).flatten(1, 2)
-    return keep_layout(y.to(x.dtype), x)
+    last = is_channels_last(x)
+    axis = 3 if last else 1
+    a, b = (x.movedim(1, 3) if last else x).to(dtype).unflatten(axis, (-1, 2)).unbind(axis + 1)
+    real, imaginary = (v if last else v.reshape(-1, 1, 1) for v in z.to(dtype).reshape(-1, 2).unbind(1))
+    y = torch.stack([a * real - b * imaginary, a * imaginary + b * real], axis + 1).flatten(axis, axis + 1).to(x.dtype)
+    return y.movedim(3, 1) if last else y
 
 
 @part(
@@ -211,12 +214,17 @@ class CMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix channels of ``x``."""
-        strongest = x.argmax(1, keepdim=True)
+        strongest = x.max(1, keepdim=True).indices  # the first one, as argmax, which takes three times as long
         f = self.proj(x) * F.gelu(self.theta(x))
         f = f + f.gather(1, strongest)
         f = f if self.complex is None else rotate_pairs(f, self.complex)
         y: Tensor = self.proj_out(self.attn(self.conv(f)))
         return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``to(memory_format=torch.channels_last)`` takes no 5-D tensors: it gets the pairs as a table."""
+        done: Self = super()._apply(lambda t: fn(t.flatten(0, 3)).reshape(t.shape) if t.dim() == 5 else fn(t), recurse)
+        return done
 
     def merge(self, scale: Tensor | None = None) -> Self:
         """The exact inference form: batch norm folded, and ``scale`` (C values) of the result into ``proj_out``.
