@@ -20,10 +20,12 @@ PASSES = {1: ("vertical", "horizontal"), 2: ("vertical", "horizontal"), 3: ("dep
 """Names of the one-way passes; in one dimension the second is a 1 × 1 convolution."""
 
 Factors = Mapping[str, Tensor]
+Rank = int | tuple[int, int]
+"""R, or for tucker (outputs, inputs) of the core."""
 
 
 def factor_shapes(
-    form: str, out_channels: int, in_channels: int, kernel_size: Sequence[int], rank: int, groups: int
+    form: str, out_channels: int, in_channels: int, kernel_size: Sequence[int], rank: Rank, groups: int
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the factors of a form, by name.
 
@@ -31,17 +33,22 @@ def factor_shapes(
         ValueError: the form is unknown, or ``rank`` is not one that it can have.
     """
     check_choice("form", form, FORMS)
-    check_positive("rank", rank)
     ndim, inner = len(kernel_size), in_channels // groups
+    if isinstance(rank, tuple):
+        check(form == "tucker" and len(rank) == 2, "rank", rank, "only tucker has two ranks, (outputs, inputs)")
+    for r in rank if isinstance(rank, tuple) else (rank,):
+        check_positive("rank", r)
+    if form == "tucker":
+        outer, within = rank if isinstance(rank, tuple) else (rank, rank)
+        outer, within = min(outer, out_channels), min(within, inner)
+        core = (outer, within, *kernel_size)
+        return {"core": core, "outputs": (out_channels, outer), "inputs": (inner, within)}
+    assert isinstance(rank, int)
     if form == "per_pair":
         return {f"axis{j}": (out_channels, inner, rank, k) for j, k in enumerate(kernel_size)}
     if form == "cp":
         sizes = (out_channels, inner, *kernel_size)
         return {"weights": (rank,)} | {f"factor_{j}": (n, rank) for j, n in enumerate(sizes)}
-    if form == "tucker":
-        outer, within = min(rank, out_channels), min(rank, inner)
-        core = (outer, within, *kernel_size)
-        return {"core": core, "outputs": (out_channels, outer), "inputs": (inner, within)}
     if form == "depthwise_1d":
         check(rank == 1, "rank", rank, "depthwise_1d has one filter an axis and channel; leave rank unset")
         axes: dict[str, tuple[int, ...]] = {f"axis{j}": (in_channels, k) for j, k in enumerate(kernel_size)}
@@ -66,12 +73,13 @@ def default_rank(form: str, out_channels: int, in_channels: int, groups: int) ->
     return -(-half // groups) * groups
 
 
-def terms(form: str, rank: int, groups: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def terms(form: str, rank: Rank, groups: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """(number of products that a weight is the sum of, number of random factors in each)."""
-    if form == "sequential":
-        return (rank // groups) ** (len(shapes) - 1), len(shapes)
     if form == "tucker":
         return math.prod(shapes["core"][:2]), 3
+    assert isinstance(rank, int)
+    if form == "sequential":
+        return (rank // groups) ** (len(shapes) - 1), len(shapes)
     # λ starts at 1, so that it is no random factor.
     return rank if form in ("per_pair", "cp") else 1, len(shapes) - (form == "cp")
 
@@ -165,7 +173,7 @@ def factored_conv(
     refused = form == "per_pair" and execute == "factored"
     check(not refused, "execute", execute, "per_pair as passes needs out·in·R maps; use 'auto' or 'dense'")
     ndim = x.dim() - 2
-    if execute == "dense" or (execute == "auto" and not _passes_pay(factors, form, ndim)):
+    if execute == "dense" or (execute == "auto" and not _passes_pay(factors, form, ndim, groups)):
         return conv_nd(x, dense_kernel(factors, form, groups), bias, stride, padding, dilation, groups)
     strides, dilations = ntuple("stride", stride, ndim), ntuple("dilation", dilation, ndim)
     pads = padding if isinstance(padding, str) else ntuple("padding", padding, ndim, least=0)
@@ -204,11 +212,13 @@ def factored_conv(
     return channels(x, last, bias)
 
 
-def _passes_pay(factors: Factors, form: str, ndim: int) -> bool:
+def _passes_pay(factors: Factors, form: str, ndim: int, groups: int) -> bool:
     """Passes move more memory a multiply-add than one dense convolution, depthwise ones most: factors as measured."""
     if form == "per_pair":
         return False
-    passes = sum(f.numel() for name, f in factors.items() if name != "weights")
+    # Multiply-adds a position: what cp's and tucker's groups share is stored once and run for each of them.
+    once = {"cp": ("factor_0", "weights"), "tucker": ("outputs",)}.get(form, tuple(factors))
+    passes = sum(f.numel() * (1 if name in once else groups) for name, f in factors.items() if name != "weights")
     if form == "cp":
         out, inner = factors["factor_0"].shape[0], factors["factor_1"].shape[0]
         taps = math.prod(factors[f"factor_{j + 2}"].shape[0] for j in range(ndim))

@@ -29,6 +29,7 @@ from torchconv.ops._common import CONV, Padding, Size, check_channels, check_inp
 from torchconv.ops._factored import (
     EXECUTIONS,
     FORMS,
+    Rank,
     default_rank,
     dense_kernel,
     factor_shapes,
@@ -87,8 +88,8 @@ class APrioriConv(nn.Module):
         kernel_size, stride, padding, dilation, groups, bias: as in ``nn.ConvNd``; "same" at any stride.
         form: "per_pair" (the paper's, as we read it), "sequential", "cp", "tucker" or "depthwise_1d"; with groups, cp
             and tucker share their input factors among the groups.
-        rank: R; unset: 1 for per_pair, the larger number of channels for cp, half the smaller one for sequential (a
-            multiple of ``groups``) and tucker.
+        rank: R, for tucker also (outputs, inputs) of the core; unset: 1 for per_pair, the larger number of channels for
+            cp, half the smaller one for sequential (a multiple of ``groups``) and tucker.
         execute: see :func:`factored_conv`.
 
     Shape:
@@ -119,7 +120,7 @@ class APrioriConv(nn.Module):
         bias: bool = True,
         *,
         form: str = "per_pair",
-        rank: int | None = None,
+        rank: Rank | None = None,
         execute: str = "auto",
         device: Any = None,
         dtype: Any = None,
@@ -137,7 +138,7 @@ class APrioriConv(nn.Module):
         self.stride = ntuple("stride", stride, self.ndim)
         self.dilation = ntuple("dilation", dilation, self.ndim)
         self.padding, self.form, self.execute = padding, form, execute
-        self.rank = default_rank(form, out_channels, in_channels, groups) if rank is None else rank
+        self.rank: Rank = default_rank(form, out_channels, in_channels, groups) if rank is None else rank
         shapes = factor_shapes(form, out_channels, in_channels, self.kernel_size, self.rank, groups)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         parameters = {name: nn.Parameter(torch.empty(shape, **options)) for name, shape in shapes.items()}
@@ -152,7 +153,7 @@ class APrioriConv(nn.Module):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Module, form: str = "sequential", rank: int | None = None, energy: float | None = None
+        cls, conv: nn.Module, form: str = "sequential", rank: Rank | None = None, energy: float | None = None
     ) -> Self:
         """Factorise a trained ``nn.ConvNd``; ``layer.factorisation_error`` is the relative error of its kernel.
 

@@ -5,6 +5,7 @@ The forms are those of :mod:`torchconv.ops.apriori`.
 
 from __future__ import annotations
 
+import bisect
 import math
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from torchconv._common import check, check_choice, require
 from torchconv.ops._common import check_channels
-from torchconv.ops._factored import FORMS, PASSES, dense_kernel, factor_shapes
+from torchconv.ops._factored import FORMS, PASSES, Rank, dense_kernel, factor_shapes
+
+ROUNDING = 1e-12
+"""Of shares of energy in float64."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Factorisation:
     """
 
     form: str
-    rank: int
+    rank: Rank
     groups: int
     factors: dict[str, Tensor]
     error: float
@@ -43,15 +47,16 @@ class Factorisation:
 
 
 def factorise_kernel(
-    weight: Tensor, rank: int | None = None, energy: float | None = None, form: str = "sequential", groups: int = 1
+    weight: Tensor, rank: Rank | None = None, energy: float | None = None, form: str = "sequential", groups: int = 1
 ) -> Factorisation:
     """Fit a form to a dense kernel.
 
     Args:
         weight: (out, in/groups, \\*k).
-        rank: R; or
+        rank: R, for tucker also (outputs, inputs) of the core; or
         energy: in (0, 1]: the least rank is taken whose factors hold this share of the squares of the kernel,
-            1 − error² ≥ energy (found by doubling and bisection). Exactly one of the two, except for depthwise_1d.
+            1 − error² ≥ energy (read off the singular values, or found by doubling and bisection). Exactly one of the
+            two, except for depthwise_1d.
         form: see :mod:`torchconv.ops.apriori`; "cp" and "tucker" need tensorly (extra ``surgery``).
         groups: as in ``nn.ConvNd``.
 
@@ -72,20 +77,24 @@ def factorise_kernel(
     check_choice("form", form, FORMS)
     check(weight.dim() in (3, 4, 5), "weight", tuple(weight.shape), "expected (out, in/groups, *k), one to three k")
     check_channels(weight.shape[1] * groups, weight.shape[0], groups)
-    exact = weight.detach().to("cpu", torch.float64)
+    exact = _exact(weight)
     if form == "depthwise_1d":
         rank = 1 if rank is None and energy is None else rank
     check((rank is None) != (energy is None), "rank", rank, f"give either rank or energy (energy={energy!r})")
     norm = float(exact.norm()) or 1.0
 
-    def fit(rank: int) -> tuple[dict[str, Tensor], float]:
+    def fit(rank: Rank) -> tuple[dict[str, Tensor], float]:
         factors = fit_factors(exact, form, rank, groups)
         return factors, float((dense_kernel(factors, form, groups) - exact).norm()) / norm
 
     if rank is None:
         assert energy is not None
         check(0 < energy <= 1, "energy", energy, "must be in (0, 1]")
-        rank = _least_rank(lambda r: fit(r)[1], energy, full_rank(exact, form, groups), groups, form)
+        curve = _kept(exact, form, groups)
+        if curve is not None:
+            rank = _first(curve, energy) * (groups if form == "sequential" else 1)
+        else:
+            rank = _least_rank(lambda r: fit(r)[1], energy, full_rank(exact, form, groups), groups, form)
     factors, error = fit(rank)
     return Factorisation(
         form,
@@ -98,12 +107,120 @@ def factorise_kernel(
     )
 
 
+def choose_rank(
+    weight: Tensor, *, energy: float | None = None, share: float | None = None, form: str = "tucker", groups: int = 1
+) -> Rank:
+    """The rank of a form for a kernel: the smallest of an energy, or the best of a size.
+
+    Args:
+        weight: (out, in/groups, \\*k).
+        energy: in (0, 1]: as in :func:`factorise_kernel`; but ranks at which the factors hold as many numbers as the
+            kernel are not tried. Tucker has a rank for the outputs and one for the inputs, so that it is the pair with
+            the fewest numbers (of the projections on the leading singular vectors, which the fit then improves).
+        share: in (0, 1]: the factors may hold this share of the kernel's numbers. Exactly one of the two.
+        form, groups: as in :func:`factorise_kernel`; depthwise_1d has no rank to choose.
+
+    Raises:
+        ValueError: both or none are given, one is out of range, or no such rank exists.
+
+    Example:
+        >>> kernel = torch.ones(8, 8, 3, 3) + torch.eye(8).reshape(8, 8, 1, 1)
+        >>> choose_rank(kernel, energy=0.9), choose_rank(kernel, share=0.5, form="sequential")
+        ((1, 1), 6)
+
+    Reference: Tucker with two ranks as in Kim et al., arXiv 1511.06530.
+    """
+    check_choice("form", form, tuple(f for f in FORMS if f != "depthwise_1d"))
+    check((share is None) != (energy is None), "share", share, f"give either share or energy (energy={energy!r})")
+    wanted = energy if energy is not None else share
+    assert wanted is not None
+    check(0 < wanted <= 1, "share" if energy is None else "energy", wanted, "must be in (0, 1]")
+    exact = _exact(weight)
+
+    def numbers(rank: Rank) -> int:
+        shapes = factor_shapes(form, len(weight), weight.shape[1] * groups, weight.shape[2:], rank, groups)
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    if form == "tucker":
+        return _choose_pair(exact, energy, share)
+    step = groups if form == "sequential" else 1
+    most = -(-full_rank(exact, form, groups) // step)
+    budget = weight.numel() * (1 if share is None else share)
+    if energy is not None:
+        curve = _kept(exact, form, groups)
+        if curve is not None:
+            return _first(curve, energy) * step
+        budget -= 1  # the ranks that are worth it
+    # Numbers grow evenly with the rank, but for the middle pass of sequential in volumes: bisect.
+    largest = bisect.bisect_right(range(1, most + 1), budget, key=lambda r: numbers(r * step))
+    remedy = f"the {form} form holds {numbers(step)} numbers at the least, of {weight.numel()}"
+    check(largest > 0, "share" if energy is None else "energy", wanted, remedy)
+    if energy is None:
+        return largest * step
+    norm = float(exact.norm()) or 1.0
+
+    def error(rank: int) -> float:
+        return float((dense_kernel(fit_factors(exact, form, rank, groups), form, groups) - exact).norm()) / norm
+
+    return _least_rank(error, energy, largest * step, groups, form)
+
+
+def _choose_pair(weight: Tensor, energy: float | None, share: float | None) -> tuple[int, int]:
+    kept = _kept_by_pairs(weight)
+    outer, inner = (torch.arange(1, n + 1, dtype=torch.float64) for n in kept.shape)
+    core = weight[0, 0].numel() * outer.unsqueeze(1) * inner
+    sizes = core + (len(weight) * outer).unsqueeze(1) + weight.shape[1] * inner
+    if share is None:
+        assert energy is not None
+        place = int(torch.where(kept >= energy - ROUNDING, sizes, torch.inf).argmin())
+    else:
+        small = sizes <= share * weight.numel()
+        remedy = f"the smallest tucker core and its factors hold {int(sizes[0, 0])} numbers of {weight.numel()}"
+        check(bool(small.any()), "share", share, remedy)
+        place = int(torch.where(small, kept, -1.0).argmax())
+    return place // kept.shape[1] + 1, place % kept.shape[1] + 1
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", torch.float64)
+
+
+def _first(curve: Tensor, energy: float) -> int:
+    """The least rank, in steps, that reaches an energy; all of it at the last."""
+    return min(int((curve < energy - ROUNDING).sum()) + 1, len(curve))
+
+
+def _kept(weight: Tensor, form: str, groups: int) -> Tensor | None:
+    """Share of the energy that the best fits keep, by rank in steps; None where singular values do not tell."""
+    ndim = weight.dim() - 2
+    if form == "per_pair" and ndim <= 2:
+        values = weight.new_ones(1) if ndim == 1 else torch.linalg.svdvals(weight).square().sum((0, 1))
+    elif form == "sequential" and ndim <= 2:
+        values = torch.linalg.svdvals(_by_groups(weight, groups).flatten(1, 2).flatten(2)).square().sum(0)
+    else:
+        return None
+    total = values.cumsum(0)
+    return total / total[-1] if total[-1] > 0 else torch.ones_like(total)
+
+
+def _kept_by_pairs(weight: Tensor) -> Tensor:
+    """Share of the energy in the leading singular vectors of outputs and inputs, (outputs, inputs)."""
+    flat = weight.flatten(2)
+    grams = torch.einsum("oit,pit->op", flat, flat), torch.einsum("oit,ojt->ij", flat, flat)
+    left, right = (torch.linalg.eigh(g).eigenvectors.flip(1) for g in grams)
+    # As many as there can be: the rest has no energy.
+    left, right = left[:, : flat[0].numel()], right[:, : flat[:, 0].numel()]
+    core = torch.einsum("oit,op->pit", flat, left)
+    share = torch.einsum("pit,ij->pjt", core, right).square().sum(2).cumsum(0).cumsum(1)
+    return share / share[-1, -1] if share[-1, -1] > 0 else torch.ones_like(share)
+
+
 def _least_rank(error: Callable[[int], float], energy: float, most: int, groups: int, form: str) -> int:
     """The least rank with 1 − error² ≥ energy; in steps of ``groups`` where the form asks for it."""
     step = groups if form == "sequential" else 1
 
     def enough(rank: int) -> bool:
-        return bool(1 - error(rank * step) ** 2 >= energy - 1e-12)
+        return bool(1 - error(rank * step) ** 2 >= energy - ROUNDING)
 
     most = -(-most // step)
     low, high = 0, 1
@@ -157,12 +274,16 @@ def _fit_per_pair(weight: Tensor, rank: int) -> dict[str, Tensor]:
     return {f"axis{j}": _padded(pick(a) * root, 2, rank) for j, a in enumerate(axes)}
 
 
+def _by_groups(weight: Tensor, groups: int) -> Tensor:
+    """(groups, in, k_1, …, k_n, out): every pass takes the channels so far and its own axis from the front."""
+    out, inner, *taps = weight.shape
+    return weight.reshape(groups, out // groups, inner, *taps).permute(0, 2, *range(3, 3 + len(taps)), 1)
+
+
 def _fit_sequential(weight: Tensor, rank: int, groups: int) -> dict[str, Tensor]:
     ndim = weight.dim() - 2
-    out, inner, *taps = weight.shape
-    rest = weight.reshape(groups, out // groups, inner, *taps)
-    # (groups, in, k_1, …, k_n, out): every pass takes the channels so far and its own axis from the front.
-    rest = rest.permute(0, 2, *range(3, 3 + ndim), 1)
+    out, _, *taps = weight.shape
+    rest = _by_groups(weight, groups)
     names, factors, share = PASSES[ndim], {}, rank // groups
     for number, name in enumerate(names[:-1]):
         left, right = _split(rest.flatten(1, 2).flatten(2), share)
@@ -201,7 +322,7 @@ def _fit_depthwise(weight: Tensor, groups: int) -> dict[str, Tensor]:
     return {f"axis{j}": v for j, v in enumerate(vectors[1:])} | {"pointwise": pointwise}
 
 
-def _fit_by_tensorly(weight: Tensor, rank: int, form: str) -> dict[str, Tensor]:
+def _fit_by_tensorly(weight: Tensor, rank: Rank, form: str) -> dict[str, Tensor]:
     tensorly = require("tensorly", "surgery")
     decomposition = require("tensorly.decomposition", "surgery")
     array = weight.numpy()
@@ -212,27 +333,29 @@ def _fit_by_tensorly(weight: Tensor, rank: int, form: str) -> dict[str, Tensor]:
             weights, found = decomposition.parafac(array, rank, n_iter_max=300, init="svd", tol=1e-9, random_state=0)
             arrays = {"weights": weights} | {f"factor_{j}": f for j, f in enumerate(found)}
         else:
-            ranks = [min(rank, n) for n in weight.shape[:2]]
+            pair = rank if isinstance(rank, tuple) else (rank, rank)
+            ranks = [min(r, n) for r, n in zip(pair, weight.shape, strict=False)]
             found, _ = decomposition.partial_tucker(array, ranks, modes=[0, 1], n_iter_max=100, random_state=0)
             core, (outputs, inputs) = found
             arrays = {"core": core, "outputs": outputs, "inputs": inputs}
     return {name: torch.as_tensor(a, dtype=weight.dtype) for name, a in arrays.items()}
 
 
-def fit_factors(weight: Tensor, form: str, rank: int, groups: int) -> dict[str, Tensor]:
+def fit_factors(weight: Tensor, form: str, rank: Rank, groups: int) -> dict[str, Tensor]:
     """Factors of ``weight`` (float64, on the CPU) at one rank.
 
     per_pair in one and two dimensions, sequential in one and two: the best there is, by singular values. The others:
     good ones (orthogonal terms, successive singular values, alternating least squares).
     """
     factor_shapes(form, weight.shape[0], weight.shape[1] * groups, weight.shape[2:], rank, groups)
+    if form in ("cp", "tucker"):
+        return _fit_by_tensorly(weight, rank, form)
+    assert isinstance(rank, int)
     if form == "per_pair":
         return _fit_per_pair(weight, rank)
     if form == "sequential":
         return _fit_sequential(weight, rank, groups)
-    if form == "depthwise_1d":
-        return _fit_depthwise(weight, groups)
-    return _fit_by_tensorly(weight, rank, form)
+    return _fit_depthwise(weight, groups)
 
 
 def full_rank(weight: Tensor, form: str, groups: int) -> int:
