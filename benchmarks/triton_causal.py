@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from paired import about, paired, write
 
 from torchconv.kernels import causal_conv1d
-from torchconv.kernels._triton import triton_available
+from torchconv.kernels._triton_probe import trustworthy
 
 CASES = [
     (batch, channels, length, k, layout, dtype)
@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="per side of every comparison")
     parser.add_argument("--out", type=Path, help="path of the result files, without their ending")
     args = parser.parse_args()
-    if not (torch.cuda.is_available() and triton_available(torch.device("cuda"))):
-        parser.exit(2, "needs a CUDA device and Triton\n")
+    if not (torch.cuda.is_available() and trustworthy("causal", torch.device("cuda"))):
+        parser.exit(2, "needs a CUDA device on which the Triton kernels agree with PyTorch\n")
     print(about("cuda"), flush=True)
     rows = []
     for case in CASES:

@@ -107,6 +107,16 @@ def scan() -> None:
             torch.testing.assert_close(got, want, **options)
 
 
+def probes() -> None:
+    """What kernels are tried with on a device before they are believed."""
+    from torchconv.kernels._triton_probe import _PROBES
+
+    for name, (measure, limit, _) in _PROBES.items():
+        with torch.no_grad():
+            wrong = measure(torch.device("cpu"))
+        assert 0 < wrong < limit, f"{name}: {wrong}"
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     print(sys.argv[1])

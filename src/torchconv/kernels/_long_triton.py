@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchconv.kernels import _long_forms as forms
 from torchconv.kernels._long_monarch import dft_matrix, power_of_two, roots
-from torchconv.kernels._triton import interpreted
+from torchconv.kernels._triton_probe import trustworthy
 
 LONGEST = 4096  # samples of a transform: 64 × 64, whose parts fill the registers of a block of threads
 _SHORTEST = 256  # 16 × 16, the smallest product of matrix units
@@ -125,26 +124,7 @@ def refusal(x: Tensor, kernel: Tensor, origin: int) -> str:
     size = samples(x.shape[2], kernel.shape[2], origin)
     if size > LONGEST:
         return f"a transform of {size} samples is longer than {LONGEST}"
-    return _problem(x.device.type, x.device.index)
-
-
-@lru_cache(maxsize=64)
-def _problem(kind: str, index: int | None) -> str:
-    """The kernel is tried once on a device before it is believed."""
-    if interpreted():
-        return ""
-    if kind != "cuda":
-        return f"x is on {kind}, and TRITON_INTERPRET is not 1"
-    try:
-        device = torch.device(kind, index or 0)
-        numbers = torch.arange(2 * 3 * 300, device=device, dtype=torch.float32)
-        x, k = (numbers * 0.7).sin().reshape(2, 3, 300), (numbers * 0.3).cos().reshape(2, 3, 300)
-        with torch.no_grad():
-            expected = forms.whole(x, k, 0)
-            wrong = float((output(x, k, 0) - expected).abs().max() / expected.abs().max())
-        return "" if wrong < 1e-4 else f"the kernel is off by {wrong:.2g}"
-    except Exception as error:  # whatever a compiler and a driver may say: there is another way
-        return f"{type(error).__name__}: {error}"
+    return "" if trustworthy("long", x.device) else f"Triton kernels cannot be used on {x.device.type} here"
 
 
 @lru_cache(maxsize=64)

@@ -38,12 +38,13 @@ def _tried(name: str, kind: str, index: int | None) -> bool:
     if interpreted():
         return True  # the interpreter takes seconds where a device takes microseconds, and tests compare anyway
     device = torch.device(kind) if index is None else torch.device(kind, index)
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    measure, limit, matrices = _PROBES[name]
+    if matrices and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return False  # matrix units with float32 sums for both half precisions
     try:
         with torch.no_grad(), torch.autocast("cuda", enabled=False):
-            wrong = _ERRORS[name](device)
-        problem = f"they differ from PyTorch's by {wrong:.2g}" if not wrong < 0.02 else ""
+            wrong = measure(device)
+        problem = f"they differ from PyTorch's by {wrong:.2g}" if not wrong < limit else ""
     except Exception as error:  # whatever a compiler and a driver may say: there is another way
         problem = f"{type(error).__name__}: {error}"
     if problem:
@@ -118,4 +119,57 @@ def _scan_error(device: torch.device) -> float:
     return max(_off(got, want) for got, want in zip(found, (expected, *by[:5]), strict=True))
 
 
-_ERRORS = {"depthwise": _depthwise_error, "inception": _inception_error, "scan": _scan_error}
+def _causal_error(device: torch.device) -> float:
+    """The largest relative error of the output and the three gradients, with SiLU, in both orders of the axes."""
+    from torchconv.kernels import _causal_triton as kernels
+    from torchconv.kernels.causal import _composite
+
+    worst = 0.0
+    for last in (False, True):
+        x, w = _numbers(device, 2, 40, 24), _numbers(device, 24 if last else 40, 4)
+        b = w[:, 0].contiguous()
+        wide_x, wide_w, wide_b = leaves = [t.float().requires_grad_() for t in (x, w, b)]
+        with torch.enable_grad():
+            expected = _composite(wide_x, wide_w, wide_b, True, last)
+            by = torch.autograd.grad(expected, leaves, x.float())
+        found = (kernels.output(x, w, b, True, last), *kernels.gradients(x, x, w, b, True, last))
+        worst = max(worst, *(_off(got, want) for got, want in zip(found, (expected, *by), strict=True)))
+    return worst
+
+
+def _adaptive_error(device: torch.device) -> float:
+    """The largest relative error of the output and both gradients."""
+    from torchconv.kernels import _adaptive_triton as kernels
+    from torchconv.kernels.adaptive import _composite
+
+    x, w = _numbers(device, 2, 6, 9, 7), _numbers(device, 2, 3, 9, 9, 7)
+    wide_x, wide_w = leaves = [t.float().requires_grad_() for t in (x, w)]
+    with torch.enable_grad():
+        expected = _composite(wide_x, wide_w, (3, 3))
+        by = torch.autograd.grad(expected, leaves, x.float())
+    found = (
+        kernels.aggregate(x, w, (3, 3)),
+        kernels.aggregate(x, w, (3, 3), mirrored=True),
+        kernels.weight_gradient(x, x, w, (3, 3)),
+    )
+    return max(_off(got, want) for got, want in zip(found, (expected, *by), strict=True))
+
+
+def _long_error(device: torch.device) -> float:
+    """The relative error of the output in float32."""
+    from torchconv.kernels import _long_forms as forms
+    from torchconv.kernels import _long_triton as kernels
+
+    x, k = _numbers(device, 2, 3, 300).float(), _numbers(device, 2, 3, 300).float().flip(2)
+    return _off(kernels.output(x, k, 0), forms.whole(x, k, 0))
+
+
+# Kernels → how wrong they are, how wrong they may be, and whether they need matrix units.
+_PROBES = {
+    "adaptive": (_adaptive_error, 0.02, False),
+    "causal": (_causal_error, 0.02, False),
+    "depthwise": (_depthwise_error, 0.02, True),
+    "inception": (_inception_error, 0.02, False),
+    "long": (_long_error, 1e-4, True),
+    "scan": (_scan_error, 0.02, False),
+}

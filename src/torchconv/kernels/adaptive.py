@@ -28,7 +28,7 @@ from torchconv._common import check
 from torchconv.catalog import part
 from torchconv.kernels import _custom
 from torchconv.kernels._layout import is_channels_last, keep_layout
-from torchconv.kernels._triton import triton_available
+from torchconv.kernels._triton_probe import trustworthy
 
 _HALF = (torch.float16, torch.bfloat16)
 _Index = tuple[Any, ...]
@@ -123,7 +123,7 @@ def _composite(x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, kernel: Sequence[int]) -> Tensor:
-    if triton_available(x.device) and x.numel():
+    if trustworthy("adaptive", x.device) and x.numel():
         from torchconv.kernels import _adaptive_triton
 
         return _adaptive_triton.aggregate(x, weight, tuple(kernel))
@@ -136,7 +136,7 @@ def _backward(
     size = tuple(kernel)
     grad = keep_layout(grad, x)
     dx, dw = x.new_empty(0), weight.new_empty(0)
-    if triton_available(x.device) and x.numel():
+    if trustworthy("adaptive", x.device) and x.numel():
         from torchconv.kernels import _adaptive_triton
 
         dx = _adaptive_triton.aggregate(grad, weight, size, mirrored=True) if needs[0] else dx
@@ -240,7 +240,7 @@ def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None
     if x.dtype != weight.dtype:
         dtype = torch.promote_types(x.dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
-    compiled_for_cpu = torch.compiler.is_compiling() and not triton_available(x.device)
+    compiled_for_cpu = torch.compiler.is_compiling() and not trustworthy("adaptive", x.device)
     if compiled_for_cpu or _custom.in_ordinary_operators():
         return _composite(x, weight, kernel_size)
     x = x if is_channels_last(x) else x.contiguous()

@@ -21,7 +21,8 @@ from torch import Tensor
 from torchconv._common import check, check_choice
 from torchconv.catalog import part
 from torchconv.kernels import _custom
-from torchconv.kernels._triton import say_once, triton_available
+from torchconv.kernels._triton import say_once
+from torchconv.kernels._triton_probe import trustworthy
 
 LAYOUTS = ("BCL", "BLC")
 ACTIVATIONS = (None, "silu", "swish")
@@ -182,7 +183,7 @@ def _wide(tensor: Tensor | None, like: Tensor) -> Any:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, last: bool) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    if triton_available(x.device):
+    if trustworthy("causal", x.device):
         from torchconv.kernels import _causal_triton
 
         return _causal_triton.output(x, weight, bias, silu, last)
@@ -196,7 +197,7 @@ def _backward(
     grad = grad.contiguous()
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), weight.new_zeros(len(weight))
-    if triton_available(x.device):
+    if trustworthy("causal", x.device):
         from torchconv.kernels import _causal_triton
 
         dx, dw, db = _causal_triton.gradients(grad, x, weight, bias, silu, last)
@@ -337,7 +338,7 @@ def _call(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, vectors: boo
     turned = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
     straight = (x.transpose(1, 2) if turned else x).contiguous()
     arguments = (straight, taps, bias, silu, vectors != turned)
-    plain = x.device.type != "cpu" and not triton_available(x.device)
+    plain = x.device.type != "cpu" and not trustworthy("causal", x.device)
     if plain:
         say_once(f"causal_conv1d on {x.device.type} runs as F.conv1d: Triton is not available there")
     y: Tensor
