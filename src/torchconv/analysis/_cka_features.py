@@ -104,7 +104,7 @@ def chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients, and back."""
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -148,7 +148,7 @@ def recording(model: nn.Module, names: Sequence[str], reduction: Reduction) -> I
 
     handles = [modules[n].register_forward_hook(hook(n)) for n in names]
     try:
-        with _quiet(model):
+        with quiet(model):
             yield found
     finally:
         for handle in handles:
