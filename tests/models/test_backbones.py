@@ -24,6 +24,7 @@ SMALL = [
     "eca_mobilenet_v2",
     "convnext_dcls_mini",
     "spartan_s",
+    "convfirstnet_tiny",
 ]
 
 
