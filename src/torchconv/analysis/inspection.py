@@ -30,11 +30,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: a network, images it takes, a network to compare it with."""
+    """What is inspected: a network, images it takes, their classes if known, a network to compare it with."""
 
     model: nn.Module
     images: Tensor
     against: nn.Module | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,19 @@ def _similarity(subject: Subject) -> Section:
     return section
 
 
+def _transfer(subject: Subject) -> Section:
+    if subject.labels is None:
+        raise ValueError("needs --data with classes")
+    section: Section = _module("offtheshelf").section(subject.model, subject.images, subject.labels)
+    return section
+
+
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "filters": lambda s: _module("filterdb").section(s.model),
     "receptive-field": lambda s: _module("receptive").section(s.model, s.images[:8]),
     "efficiency": lambda s: _module("efficiency").section(s.model, s.images[:1]),
     "similarity": _similarity,
+    "transfer": _transfer,
 }
 
 
@@ -85,6 +94,7 @@ def inspect_model(
     images: Tensor | None = None,
     against: nn.Module | None = None,
     *,
+    labels: Tensor | None = None,
     title: str = "",
     image_size: int = 224,
     only: tuple[str, ...] = (),
@@ -96,6 +106,7 @@ def inspect_model(
         model: any module that takes images; it is left as it is.
         images: (N, C, H, W) normalised as it expects them; eight of unit noise by default.
         against: a second network; with it representations are compared.
+        labels: (N,) classes of the images; with them it is measured how well the features transfer.
         title: what to call the network.
         image_size: side of the noise images.
         only: keys of :data:`SECTIONS`; all that apply by default.
@@ -116,7 +127,7 @@ def inspect_model(
     model.eval()
     sections: list[Section] = []
     left_out: dict[str, str] = {}
-    subject = Subject(model, images, against)
+    subject = Subject(model, images, against, labels)
     try:
         facts = _facts(model, images[:1])
         for key in only or tuple(SECTIONS):
