@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -49,6 +50,25 @@ def in_ordinary_operators() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+_FOR_ONNX = ContextVar("torchconv_for_onnx", default=False)
+
+
+@contextlib.contextmanager
+def for_onnx() -> Iterator[None]:
+    """Within, what is exported will become ONNX: see :func:`without_transforms`."""
+    token = _FOR_ONNX.set(True)
+    try:
+        yield
+    finally:
+        _FOR_ONNX.reset(token)
+
+
+def without_transforms() -> bool:
+    """Someone exports to ONNX, which has no complex numbers and hardly a runtime with a fast Fourier transform: take
+    the form without one where there is such a form."""
+    return torch.compiler.is_exporting() and (_FOR_ONNX.get() or torch.onnx.is_in_onnx_export())
 
 
 def autocasts(device: str) -> bool:

@@ -219,7 +219,8 @@ def _blocked_kernel_gradient(g: Tensor, x: Tensor, kernel: Tensor, origin: int, 
 
 def composite(x: Tensor, kernel: Tensor, origin: int) -> Tensor:
     """The output as an expression of transforms."""
-    length, n = x.shape[2], transform_length(x.shape[2], kernel.shape[2], origin)
+    length, taps = x.shape[2], kernel.shape[2]
+    n = transform_length(length, taps, origin) if isinstance(length, int) else length + taps  # an open length
     product = torch.fft.rfft(x, n).unsqueeze(1) * torch.fft.rfft(kernel, n)
     return torch.fft.irfft(product, n)[..., origin : origin + length]
 

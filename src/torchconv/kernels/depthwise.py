@@ -10,6 +10,7 @@ large kernels in half precision run on tensor cores (``_depthwise_triton.py``).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from torchconv.kernels._depthwise_plan import BACKENDS, check_weight
 from torchconv.kernels._triton_probe import trustworthy
 
 _LONG = 13  # taps from which an estimate of operations sends half precision on a GPU to the tensor cores
+_SMALL = 1 << 21  # multiply-adds up to which no form beats PyTorch's own by what it takes to choose, …
+_MOST_PADDING = 6  # … if its fast kernels do not refuse so many zeros on a side
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRITON_TYPES = (torch.float32, *run.HALF)
 
@@ -56,12 +59,13 @@ def _only_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bias is not None and (type(bias) not in _PLAIN or bias.dtype != kind or bias.device != device)
 
 
-def _sized(x: Tensor, weight: Tensor, padding: str, dilation: Size) -> tuple[Tensor, tuple[int, ...]]:
-    """The number behind "same" or "valid"; for an even extent one zero is put after the map first, as PyTorch does."""
-    pads = resolve_padding(padding, weight.shape[2:], ntuple("dilation", dilation, weight.dim() - 2))
-    if any(before != after for before, after in pads):
-        x = F.pad(x, [q for before, after in reversed(pads) for q in (0, after - before)])
-    return x, tuple(before for before, _ in pads)
+@lru_cache(maxsize=4096)
+def _pads(padding: str, kernel: tuple[int, ...], dilation: Size) -> tuple[tuple[int, ...], list[int]]:
+    """The numbers behind "same" or "valid", and the zeros put after the map first where an extent is even."""
+    pads = resolve_padding(padding, kernel, ntuple("dilation", dilation, len(kernel)))
+    uneven = any(before != after for before, after in pads)
+    extra = [q for before, after in reversed(pads) for q in (0, after - before)] if uneven else []
+    return tuple(before for before, _ in pads), extra
 
 
 def _key(value: Size) -> Size:
@@ -98,7 +102,8 @@ def _depthwise(
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias of shape {tuple(bias.shape)}: expected ({weight.shape[0]},), a number per channel")
     if isinstance(padding, str):
-        x, padding = _sized(x, weight, padding, dilation)
+        padding, extra = _pads(padding, weight.shape[2:], _key(dilation))
+        x = F.pad(x, extra) if extra else x
     device, compiling = x.device.type, torch.compiler.is_compiling()
     plain = backend == "native" or in_ordinary_operators()
     if not plain and autocasts(device):
@@ -134,6 +139,18 @@ def _depthwise(
         out = run.Depthwise.apply(x, weight, bias, plan, backend)
         return out
     return run.output(x, weight, bias, plan.forward, plan.geo)
+
+
+def same(ndim: int, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, ...]) -> Tensor:
+    """With "same" padding, for callers that have checked the shapes and call it for one small piece after another."""
+    padding, extra = _pads("same", weight.shape[2:], dilation)
+    x = F.pad(x, extra) if extra else x
+    if not torch.compiler.is_compiling():
+        training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        work = x.numel() * (weight.numel() // weight.shape[0])
+        if not training and work <= _SMALL and padding[-1] <= min(_MOST_PADDING, x.shape[-1]):
+            return _convolve(ndim, x, weight, bias, 1, padding, dilation)
+    return _depthwise(ndim, x, weight, bias, 1, padding, dilation, "auto")
 
 
 def _check_triton(x: Tensor) -> None:

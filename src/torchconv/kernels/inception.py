@@ -25,12 +25,6 @@ from torchconv.kernels._triton_probe import trustworthy
 
 BACKENDS = ("auto", "native", "triton")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CONVOLVE: tuple[Any, ...] = (
-    None,
-    depthwise.depthwise_conv1d,
-    depthwise.depthwise_conv2d,
-    depthwise.depthwise_conv3d,
-)
 
 
 @part(
@@ -91,13 +85,12 @@ def inception_conv(
         if y is not None:
             return y
     passed, *pieces = torch.split(x, [rest, *widths], dim=1)
-    outputs = (
-        _CONVOLVE[ndim](piece, w, b, padding="same", dilation=dilations)
-        for piece, w, b in zip(pieces, weights, biases, strict=True)
-    )
+    outputs = [
+        depthwise.same(ndim, piece, w, b, dilations) for piece, w, b in zip(pieces, weights, biases, strict=True)
+    ]
     # One concatenation is the cheapest form that autograd and compilers take: writing the branches into a clone or an
     # empty map costs as much forward and about twice as much backward.
-    return torch.cat((passed, *outputs) if rest else tuple(outputs), dim=1)  # an empty part hides the memory format
+    return torch.cat([passed, *outputs] if rest else outputs, dim=1)  # an empty part hides the memory format
 
 
 def _fused(

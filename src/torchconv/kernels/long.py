@@ -18,7 +18,7 @@ from torch import Tensor
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.kernels import _long_forms as forms
-from torchconv.kernels._custom import define, in_ordinary_operators, without_autocast
+from torchconv.kernels._custom import define, in_ordinary_operators, without_autocast, without_transforms
 from torchconv.kernels._long_monarch import monarch
 
 BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
@@ -301,8 +301,10 @@ def _checked_spectrum(spectrum: Spectrum, x: Tensor, kernel: Tensor, origin: int
 
 def _seen_through(x: Tensor, kernel: Tensor, origin: int, backend: str) -> Tensor:
     dtype = _compute_type(x, kernel)
-    first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
-    form = forms.SEEN_THROUGH.get(backend, forms.composite)
+    first, beyond = 0, kernel.shape[2]
+    if isinstance(x.shape[2], int):  # else an exporter leaves the length open
+        first, beyond = forms.trimmed(x.shape[2], kernel.shape[2], origin)
+    form = forms.native if without_transforms() else forms.SEEN_THROUGH.get(backend, forms.composite)
     with without_autocast(x.device.type):
         if first == beyond or any(isinstance(n, int) and n == 0 for n in x.shape):  # MKL transforms no empty batch
             return x.unsqueeze(1) * kernel[..., first:beyond].sum(-1, keepdim=True).to(x.dtype)
