@@ -36,9 +36,10 @@ class Trace:
         """The kernels inside module ``name``."""
         return [k for c in self.calls if c.name == name for k in self.kernels[c.start : c.stop]]
 
-    def boundary(self, name: str) -> int:
-        """Bytes that enter and leave module ``name``."""
-        return sum(c.boundary for c in self.calls if c.name == name)
+    def whole(self, name: str) -> list[Kernel]:
+        """The calls of module ``name``, each as one kernel."""
+        calls = [c for c in self.calls if c.name == name and c.stop > c.start]
+        return [fuse(self.kernels[c.start : c.stop], c.boundary, name) for c in calls]
 
     def fused(self, blocks: Sequence[str]) -> list[Kernel]:
         """The kernels, with those of each module in ``blocks`` as one."""
