@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from torchconv._common import atomic_write, did_you_mean, require, write_json
+from torchconv._common import atomic_write, check, did_you_mean, require, write_json
 from torchconv._version import __version__
 from torchconv.weights.report import load_into
 
@@ -20,7 +20,7 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """How to build ``model`` again: its name and options (named networks), and what was changed since.
+    """How to build ``model`` again: its name and options (named networks; diffusers'), and what was changed since.
 
     Raises:
         ValueError: the network has neither a name nor a record of changes.
@@ -29,6 +29,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     timms: Any = getattr(model, "pretrained_cfg", None)
     if config is None and timms:
         config = {"timm": timms["architecture"], "options": dict(getattr(model, "_model_args", {}))}
+    theirs: Any = getattr(model, "config", None)
+    if config is None and theirs is not None and type(model).__module__.startswith("diffusers."):
+        config = {"diffusers": type(model).__name__, "options": {k: v for k, v in theirs.items() if k[0] != "_"}}
     if config is None:
         remedy = "build it by torchconv.models.create_model or timm.create_model, so that it can be built again"
         raise ValueError(f"model={type(model).__name__}: has no record of how it was built; {remedy}")
@@ -48,10 +51,16 @@ def build(config: dict[str, Any]) -> nn.Module:
     options = dict(config.get("options", {}))
     if "timm" in config:
         base: nn.Module = require("timm", "models").create_model(config["timm"], **options)
+    elif "diffusers" in config:
+        diffusers = require("diffusers", "generate")
+        found: Any = getattr(diffusers, str(config["diffusers"]), None)
+        ok = isinstance(found, type) and issubclass(found, diffusers.ModelMixin)
+        check(ok, "diffusers", config["diffusers"], f"is not a network of diffusers {diffusers.__version__}")
+        base = found.from_config(options)
     elif "model" in config:
         base = importlib.import_module("torchconv.models").create_model(config["model"], **options)
     else:
-        raise ValueError(f"config={sorted(config)}: names no network; expected 'model' or 'timm'")
+        raise ValueError(f"config={sorted(config)}: names no network; expected 'model', 'timm' or 'diffusers'")
     edits = config.get("edits")
     if edits:
         base = importlib.import_module("torchconv.surgery.structure").apply_edits(base, edits)
@@ -59,18 +68,27 @@ def build(config: dict[str, Any]) -> nn.Module:
     return base
 
 
-def save(model: nn.Module, folder: str | Path) -> Path:
+def save(model: nn.Module, where: str | Path) -> Path:
     """Write ``config.json`` and ``model.safetensors``, each moved into place when complete.
+
+    Args:
+        model: a named network, changed or not.
+        where: the folder; or a file ``*.safetensors``, which then holds the description too and is all.
+
+    Returns:
+        ``where``, for :func:`load`.
 
     Raises:
         ValueError: the network has no record of how it was built.
     """
-    folder = Path(folder)
+    where = Path(where)
+    alone = where.suffix == ".safetensors" and not where.is_dir()
     config = describe(model)
-    with atomic_write(folder / TENSORS) as temporary:
+    with atomic_write(where if alone else where / TENSORS) as temporary:
         save_file(_own(model.state_dict()), temporary, metadata={"format": "pt", "config": json.dumps(config)})
-    write_json(folder / CONFIG, config)
-    return folder
+    if not alone:
+        write_json(where / CONFIG, config)
+    return where
 
 
 def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:

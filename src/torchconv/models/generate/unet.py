@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.models._registry import register_model
 
 
 class ResnetBlock(nn.Module):
@@ -130,3 +131,14 @@ class SmallUNet(nn.Module):
         h = up0.upsamplers[0].conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         y: Tensor = self.conv_out(self.up_blocks[1](torch.cat([h, a], 1), e))
         return y
+
+
+@register_model("scalecrafter")
+def small_unet(**options: Any) -> SmallUNet:
+    """Small U-Net that predicts noise, to try samplers and re-dilation on; see :class:`SmallUNet` for its options.
+
+    Example:
+        >>> small_unet(in_channels=3, channels=(8, 16)).conv_in
+        Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+    """
+    return SmallUNet(**options)
