@@ -212,13 +212,17 @@ def factored_conv(
     return channels(x, last, bias)
 
 
+def pass_macs(factors: Factors, form: str, groups: int) -> int:
+    """Multiply-adds a position as passes: what cp's and tucker's groups share is stored once and run for each group."""
+    once = {"cp": ("factor_0", "weights"), "tucker": ("outputs",)}.get(form, tuple(factors))
+    return sum(f.numel() * (1 if name in once else groups) for name, f in factors.items() if name != "weights")
+
+
 def _passes_pay(factors: Factors, form: str, ndim: int, groups: int) -> bool:
     """Passes move more memory a multiply-add than one dense convolution, depthwise ones most: factors as measured."""
     if form == "per_pair":
         return False
-    # Multiply-adds a position: what cp's and tucker's groups share is stored once and run for each of them.
-    once = {"cp": ("factor_0", "weights"), "tucker": ("outputs",)}.get(form, tuple(factors))
-    passes = sum(f.numel() * (1 if name in once else groups) for name, f in factors.items() if name != "weights")
+    passes = pass_macs(factors, form, groups)
     if form == "cp":
         out, inner = factors["factor_0"].shape[0], factors["factor_1"].shape[0]
         taps = math.prod(factors[f"factor_{j + 2}"].shape[0] for j in range(ndim))

@@ -1,4 +1,4 @@
-"""Fitting a kernel in tensor format to a dense one: by singular values where that is the best, else by tensorly.
+"""Fitting a kernel in tensor format to a dense one: by singular values where that is the best, CP by tensorly.
 
 The forms are those of :mod:`torchconv.ops.apriori`.
 """
@@ -20,6 +20,8 @@ from torchconv.ops._factored import FORMS, PASSES, Rank, dense_kernel, factor_sh
 
 ROUNDING = 1e-12
 """Of shares of energy in float64."""
+LARGE = 50_000
+"""Numbers in a kernel from which on CP takes short cuts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def factorise_kernel(
         energy: in (0, 1]: the least rank is taken whose factors hold this share of the squares of the kernel,
             1 − error² ≥ energy (read off the singular values, or found by doubling and bisection). Exactly one of the
             two, except for depthwise_1d.
-        form: see :mod:`torchconv.ops.apriori`; "cp" and "tucker" need tensorly (extra ``surgery``).
+        form: see :mod:`torchconv.ops.apriori`; "cp" needs tensorly (extra ``surgery``), and seconds to minutes a large
+            kernel.
         groups: as in ``nn.ConvNd``.
 
     Returns:
@@ -206,10 +209,9 @@ def _kept(weight: Tensor, form: str, groups: int) -> Tensor | None:
 def _kept_by_pairs(weight: Tensor) -> Tensor:
     """Share of the energy in the leading singular vectors of outputs and inputs, (outputs, inputs)."""
     flat = weight.flatten(2)
-    grams = torch.einsum("oit,pit->op", flat, flat), torch.einsum("oit,ojt->ij", flat, flat)
-    left, right = (torch.linalg.eigh(g).eigenvectors.flip(1) for g in grams)
     # As many as there can be: the rest has no energy.
-    left, right = left[:, : flat[0].numel()], right[:, : flat[:, 0].numel()]
+    left = _leading(torch.einsum("oit,pit->op", flat, flat), flat[0].numel())
+    right = _leading(torch.einsum("oit,ojt->ij", flat, flat), flat[:, 0].numel())
     core = torch.einsum("oit,op->pit", flat, left)
     share = torch.einsum("pit,ij->pjt", core, right).square().sum(2).cumsum(0).cumsum(1)
     return share / share[-1, -1] if share[-1, -1] > 0 else torch.ones_like(share)
@@ -322,23 +324,48 @@ def _fit_depthwise(weight: Tensor, groups: int) -> dict[str, Tensor]:
     return {f"axis{j}": v for j, v in enumerate(vectors[1:])} | {"pointwise": pointwise}
 
 
-def _fit_by_tensorly(weight: Tensor, rank: Rank, form: str) -> dict[str, Tensor]:
+def _leading(gram: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, (n, count)."""
+    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+
+
+def _fit_tucker(weight: Tensor, rank: Rank, sweeps: int = 20) -> dict[str, Tensor]:
+    """Leading singular vectors of either axis, then improved in turn while the other is fixed."""
+    r, q = rank if isinstance(rank, tuple) else (rank, rank)
+    out, inner, *taps = weight.shape
+    rows = weight.flatten(2).transpose(0, 1).reshape(inner, -1)  # (in, out · taps)
+    columns = weight.flatten(2).reshape(out, -1)  # (out, in · taps)
+    inputs = outputs = _leading(rows @ rows.T, q)
+    kept, total, count = -1.0, float(rows.square().sum()), math.prod(taps)
+    for _ in range(sweeps):
+        narrow = (inputs.T @ rows).reshape(-1, out, count).transpose(0, 1).reshape(out, -1)
+        outputs = _leading(narrow @ narrow.T, r)
+        narrow = (outputs.T @ columns).reshape(-1, inner, count).transpose(0, 1).reshape(inner, -1)
+        inputs = _leading(narrow @ narrow.T, q)
+        before, kept = kept, float((inputs.T @ narrow).square().sum())
+        if kept - before <= 1e-5 * total:
+            break
+    core = torch.einsum("oit,op,ij->pjt", weight.flatten(2), outputs, inputs)
+    return {"core": core.reshape(*core.shape[:2], *taps), "outputs": outputs, "inputs": inputs}
+
+
+def _fit_cp(weight: Tensor, rank: int) -> dict[str, Tensor]:
     tensorly = require("tensorly", "surgery")
     decomposition = require("tensorly.decomposition", "surgery")
-    array = weight.numpy()
+    large = weight.numel() > LARGE
+    # The factors of a large kernel are looked for where twice as many singular vectors as terms reach.
+    around = _fit_tucker(weight, 2 * rank, sweeps=1) if large else {"core": weight}
     with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
         # Ranks above an axis' length are meant: the start is filled up with seeded random vectors.
         warnings.filterwarnings("ignore", "Trying to compute SVD")
-        if form == "cp":
-            weights, found = decomposition.parafac(array, rank, n_iter_max=300, init="svd", tol=1e-9, random_state=0)
-            arrays = {"weights": weights} | {f"factor_{j}": f for j, f in enumerate(found)}
-        else:
-            pair = rank if isinstance(rank, tuple) else (rank, rank)
-            ranks = [min(r, n) for r, n in zip(pair, weight.shape, strict=False)]
-            found, _ = decomposition.partial_tucker(array, ranks, modes=[0, 1], n_iter_max=100, random_state=0)
-            core, (outputs, inputs) = found
-            arrays = {"core": core, "outputs": outputs, "inputs": inputs}
-    return {name: torch.as_tensor(a, dtype=weight.dtype) for name, a in arrays.items()}
+        weights, found = decomposition.parafac(
+            around["core"].numpy(), rank, n_iter_max=100 if large else 300, init="svd", tol=1e-9, random_state=0
+        )
+    factors = {f"factor_{j}": torch.as_tensor(f, dtype=weight.dtype) for j, f in enumerate(found)}
+    if large:
+        factors["factor_0"] = around["outputs"] @ factors["factor_0"]
+        factors["factor_1"] = around["inputs"] @ factors["factor_1"]
+    return {"weights": torch.as_tensor(weights, dtype=weight.dtype), **factors}
 
 
 def fit_factors(weight: Tensor, form: str, rank: Rank, groups: int) -> dict[str, Tensor]:
@@ -348,9 +375,11 @@ def fit_factors(weight: Tensor, form: str, rank: Rank, groups: int) -> dict[str,
     good ones (orthogonal terms, successive singular values, alternating least squares).
     """
     factor_shapes(form, weight.shape[0], weight.shape[1] * groups, weight.shape[2:], rank, groups)
-    if form in ("cp", "tucker"):
-        return _fit_by_tensorly(weight, rank, form)
+    if form == "tucker":
+        return _fit_tucker(weight, rank)
     assert isinstance(rank, int)
+    if form == "cp":
+        return _fit_cp(weight, rank)
     if form == "per_pair":
         return _fit_per_pair(weight, rank)
     if form == "sequential":
