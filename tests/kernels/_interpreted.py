@@ -107,6 +107,34 @@ def scan() -> None:
             torch.testing.assert_close(got, want, **options)
 
 
+def resample() -> None:
+    from torchconv.kernels import _resample_triton as kernels
+    from torchconv.kernels.resample import LEAST_WEIGHT, _composite
+
+    cases = [
+        (2, 3, 1, (2, 2), (3, 3), (3, 2), torch.float32),
+        (1, 5, 5, (3, 1), (2, 4), (2, 5), torch.float64),
+        (1, 11, 1, (2,), (5,), (6,), torch.float32),
+        (1, 2, 2, (1, 2, 2), (1, 2, 3), (2, 2, 2), torch.float32),
+        (1, 3, 1, (2, 2), (2, 2), (3, 3), torch.bfloat16),
+    ]
+    for batch, channels, groups, scale, size, pixels, dtype in cases:
+        extent = [s * (n - 1) + k for s, k, n in zip(scale, size, pixels, strict=True)]
+        for normalisation in ("softmax", "sum", "none"):
+            x = noise(batch, channels, *extent, dtype=dtype).requires_grad_()
+            taps = noise(batch, groups, torch.Size(size).numel(), *pixels, seed=2, dtype=dtype).requires_grad_()
+            options = (scale, size, normalisation)
+            expected = _composite(x, taps, *options)
+            g = noise(*expected.shape, seed=1, dtype=dtype)
+            by = torch.autograd.grad(expected, (x, taps), g)
+            close = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+            given = (x.detach(), taps.detach())
+            torch.testing.assert_close(kernels.output(*given, *options, LEAST_WEIGHT), expected.detach(), **close)
+            found = kernels.gradients(g, *given, *options, LEAST_WEIGHT, (True, True))
+            torch.testing.assert_close(found, by, **close)
+            assert kernels.gradients(g, *given, *options, LEAST_WEIGHT, (False, True))[0].numel() == 0
+
+
 def probes() -> None:
     """What kernels are tried with on a device before they are believed."""
     from torchconv.kernels._triton_probe import _PROBES

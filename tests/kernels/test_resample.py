@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels._interpreted import check_in_interpreter
 from torchconv.kernels import adaptive_downscale, resample
 from torchconv.kernels.resample import mirror_pad, normalise_kernels
 
@@ -38,6 +39,10 @@ def loops(x, weights, scale, size):
             ]
             out[(..., *place)] += weights[(slice(None), slice(None), number, *place)] * x[(..., *source)]
     return out
+
+
+def test_triton_kernels():
+    check_in_interpreter("resample")
 
 
 axis = st.tuples(st.integers(1, 7), st.integers(1, 3), st.integers(1, 5), st.booleans())

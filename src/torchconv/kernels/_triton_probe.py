@@ -164,6 +164,22 @@ def _long_error(device: torch.device) -> float:
     return _off(kernels.output(x, k, 0), forms.whole(x, k, 0))
 
 
+def _resample_error(device: torch.device) -> float:
+    """The largest relative error of the output and both gradients, with softmax."""
+    from torchconv.kernels import _resample_triton as kernels
+    from torchconv.kernels.resample import LEAST_WEIGHT, _composite
+
+    x, w = _numbers(device, 2, 3, 15, 13), _numbers(device, 2, 1, 9, 7, 6)
+    wide_x, wide_w = leaves = [t.float().requires_grad_() for t in (x, w)]
+    with torch.enable_grad():
+        expected = _composite(wide_x, wide_w, (2, 2), (3, 3), "softmax")
+        by = torch.autograd.grad(expected, leaves, expected.detach())
+    sizes = ((2, 2), (3, 3), "softmax", LEAST_WEIGHT)
+    grad = expected.detach().to(x.dtype)
+    found = (kernels.output(x, w, *sizes), *kernels.gradients(grad, x, w, *sizes, (True, True)))
+    return max(_off(got, want) for got, want in zip(found, (expected, *by), strict=True))
+
+
 # Kernels → how wrong they are, how wrong they may be, and whether they need matrix units.
 _PROBES = {
     "adaptive": (_adaptive_error, 0.02, False),
@@ -171,5 +187,6 @@ _PROBES = {
     "depthwise": (_depthwise_error, 0.02, True),
     "inception": (_inception_error, 0.02, False),
     "long": (_long_error, 1e-4, True),
+    "resample": (_resample_error, 0.03, False),
     "scan": (_scan_error, 0.02, False),
 }

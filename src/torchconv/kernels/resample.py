@@ -9,7 +9,8 @@ Cost: k^d · N · C · positions multiply-adds; bounded by reading the kernels o
 
 The map is split once into its s^d phases, so that every tap is a shifted multiply-add of contiguous rows, and the work
 goes block by block through the cache: kernels are normalised within a block, forward and again backward, and nothing
-of the size of the kernels is kept besides the kernels themselves and their gradient.
+of the size of the kernels is kept besides the kernels themselves and their gradient. On a GPU Triton kernels do the
+same without the phases (``_resample_triton.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torchconv._common import check, check_choice, ntuple
 from torchconv.catalog import part
 from torchconv.kernels import _custom
 from torchconv.kernels._layout import keep_layout
+from torchconv.kernels._triton_probe import trustworthy
 
 NORMALISATIONS = ("softmax", "sum", "none")
 LEAST_WEIGHT = 1e-6  # of the "sum" normalisation, as in arXiv 1907.12904
@@ -141,7 +143,15 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
+def _on_device(x: Tensor, kernels: Tensor) -> bool:
+    return x.numel() > 0 and kernels.numel() > 0 and trustworthy("resample", x.device)
+
+
 def _forward(x: Tensor, kernels: Tensor, scale: Sequence[int], size: Sequence[int], normalisation: str) -> Tensor:
+    if _on_device(x, kernels):
+        from torchconv.kernels import _resample_triton
+
+        return _resample_triton.output(x.contiguous(), kernels.contiguous(), scale, size, normalisation, LEAST_WEIGHT)
     geo = Geometry(tuple(scale), tuple(size), tuple(kernels.shape[3:]))
     phases = _split(_wide(x), geo)
     out = phases.new_empty(*x.shape[:2], *geo.out)
@@ -164,6 +174,11 @@ def _backward(
     normalisation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    if _on_device(x, kernels):
+        from torchconv.kernels import _resample_triton
+
+        tensors = (grad.contiguous(), x.contiguous(), kernels.contiguous())
+        return _resample_triton.gradients(*tensors, scale, size, normalisation, LEAST_WEIGHT, needs)
     geo = Geometry(tuple(scale), tuple(size), tuple(kernels.shape[3:]))
     phases, grad = _split(_wide(x), geo), _wide(grad)
     by_x = torch.zeros_like(phases) if needs[0] else phases
