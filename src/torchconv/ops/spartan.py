@@ -72,13 +72,16 @@ def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return make_conv(weight.to(dtype), shift, conv.stride, padding, conv.dilation, conv.groups)
 
 
-class _SE(nn.Module):
+class SqueezeExcitation(nn.Module):
+    """Channels weighed by a gate of their means: 1 × 1, ReLU, 1 × 1, sigmoid."""
+
     def __init__(self, channels: int, hidden: int, **options: Any) -> None:
         super().__init__()
         self.squeeze = nn.Conv2d(channels, hidden, 1, **options)
         self.expand = nn.Conv2d(hidden, channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` times its gate."""
         gate: Tensor = self.expand(F.relu(self.squeeze(x.mean((2, 3), keepdim=True))))
         return x * gate.sigmoid()
 
@@ -142,8 +145,8 @@ class SMixer(nn.Module):
         self.l_conv = nn.Sequential(
             ConvNormAct(half, half, 3, norm=False, **wide), ConvNormAct(half, half, 3, act=nn.GELU(), **wide)
         )
-        self.h_attn = _SE(half, half // 4, **options)
-        self.l_attn = _SE(half, half // 4, **options)
+        self.h_attn = SqueezeExcitation(half, half // 4, **options)
+        self.l_attn = SqueezeExcitation(half, half // 4, **options)
         self.proj_out = nn.Conv2d(channels, channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ class CMixer(nn.Module):
         self.complex: nn.Parameter | None = nn.Parameter(torch.randn(1, 1, 1, hidden // 2, 2, **options))
         inner = channels if groups > 1 else hidden
         self.conv = ConvNormAct(hidden, hidden, 3, padding=1, groups=inner, act=nn.GELU(), **options)
-        self.attn = _SE(hidden, channels // 4, **options)
+        self.attn = SqueezeExcitation(hidden, channels // 4, **options)
         self.proj_out = nn.Conv2d(hidden, channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
