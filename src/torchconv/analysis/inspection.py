@@ -11,7 +11,7 @@ import csv
 import importlib
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: a network, images it takes, their classes if known, a network to compare it with."""
+    """What is inspected: a network, images it takes, a network to compare it with, the images' classes if known."""
 
     model: nn.Module
     images: Tensor
     against: nn.Module | None = None
     labels: Tensor | None = None
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,19 @@ def _similarity(subject: Subject) -> Section:
 
 
 def _transfer(subject: Subject) -> Section:
+    section: Section = _module("offtheshelf").section(subject.model, subject.images, _labels(subject))
+    return section
+
+
+def _patterns(subject: Subject) -> Section:
+    section: Section = _module("patternnet").section(subject.model, subject.images, _labels(subject), subject.names)
+    return section
+
+
+def _labels(subject: Subject) -> Tensor:
     if subject.labels is None:
         raise ValueError("needs --data with classes")
-    section: Section = _module("offtheshelf").section(subject.model, subject.images, subject.labels)
-    return section
+    return subject.labels
 
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
@@ -86,6 +96,7 @@ SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "efficiency": lambda s: _module("efficiency").section(s.model, s.images[:1]),
     "similarity": _similarity,
     "transfer": _transfer,
+    "patterns": _patterns,
 }
 
 
@@ -95,6 +106,7 @@ def inspect_model(
     against: nn.Module | None = None,
     *,
     labels: Tensor | None = None,
+    names: Sequence[str] = (),
     title: str = "",
     image_size: int = 224,
     only: tuple[str, ...] = (),
@@ -106,7 +118,9 @@ def inspect_model(
         model: any module that takes images; it is left as it is.
         images: (N, C, H, W) normalised as it expects them; eight of unit noise by default.
         against: a second network; with it representations are compared.
-        labels: (N,) classes of the images; with them it is measured how well the features transfer.
+        labels: (N,) classes of the images; with them it is measured how well the features transfer, and which
+            parts tell the classes apart.
+        names: of the classes, for the pictures.
         title: what to call the network.
         image_size: side of the noise images.
         only: keys of :data:`SECTIONS`; all that apply by default.
@@ -127,7 +141,7 @@ def inspect_model(
     model.eval()
     sections: list[Section] = []
     left_out: dict[str, str] = {}
-    subject = Subject(model, images, against, labels)
+    subject = Subject(model, images, against, labels, names)
     try:
         facts = _facts(model, images[:1])
         for key in only or tuple(SECTIONS):

@@ -80,6 +80,33 @@ def trained_resnets() -> dict[int, Path]:
     return found
 
 
+def cifar_resnet(depth: int, path: Path) -> Any:
+    """The CIFAR ResNet with the parameter names of the trained file."""
+    from collections import OrderedDict
+
+    from torch import nn
+
+    from torchconv.compare.nets import BasicBlock
+    from torchconv.weights import read_state
+
+    def convolution(in_channels: int, channels: int, stride: int) -> nn.Module:
+        return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+
+    parts: OrderedDict[str, nn.Module] = OrderedDict(conv1=convolution(3, 16, 1))
+    parts |= {"bn1": nn.BatchNorm2d(16), "act": nn.ReLU()}
+    channels = 16
+    for stage, width in enumerate((16, 32, 64), 1):
+        stack = []
+        for block in range((depth - 2) // 6):
+            stack.append(BasicBlock(convolution, channels, width, 2 if stage > 1 and not block else 1, 2))
+            channels = width
+        parts[f"layer{stage}"] = nn.Sequential(*stack)
+    parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "linear": nn.Linear(64, 10)}
+    model = nn.Sequential(parts)
+    model.load_state_dict(read_state(path))
+    return model.eval()
+
+
 def without_resnets(unit: str) -> Evidence:
     """What a claim says that needs :func:`trained_resnets` and finds them missing."""
     return Evidence(

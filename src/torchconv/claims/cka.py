@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 from torchconv.claims import Evidence, Progress, claim
-from torchconv.claims._support import trained_resnets, without_resnets
+from torchconv.claims._support import cifar_resnet, trained_resnets, without_resnets
 
 LUMINANCE = (0.299, 0.587, 0.114)
 BLURS = (0.0, 0.5, 1.0)
@@ -43,7 +41,7 @@ def run(budget: str, progress: Progress) -> Evidence:
     views = {blur: normalise(cat_view(pictures, blur), mean, deviation) for blur in BLURS}
     human = normalise(pictures, mean, deviation)
     halves = [torch.randperm(len(human), generator=generator)[: len(human) // 2] for _ in range(draws)]
-    networks = {depth: _network(depth, path) for depth, path in files.items()}
+    networks = {depth: cifar_resnet(depth, path) for depth, path in files.items()}
     found: dict[str, Any] = {}
     drops: dict[float, list[Any]] = {blur: [] for blur in BLURS}
     spreads: dict[float, list[Any]] = {blur: [] for blur in BLURS}
@@ -148,28 +146,3 @@ def _profile(x: dict[str, Any], y: dict[str, Any], rows: Any) -> Any:
     from torchconv.analysis.cka import cka
 
     return torch.stack([cka(x[n][rows], y[n][rows]) for n in x])
-
-
-def _network(depth: int, path: Path) -> Any:
-    """The CIFAR ResNet with the parameter names of the trained file."""
-    from torch import nn
-
-    from torchconv.compare.nets import BasicBlock
-    from torchconv.weights import read_state
-
-    def convolution(in_channels: int, channels: int, stride: int) -> nn.Module:
-        return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-
-    parts: OrderedDict[str, nn.Module] = OrderedDict(conv1=convolution(3, 16, 1))
-    parts |= {"bn1": nn.BatchNorm2d(16), "act": nn.ReLU()}
-    channels = 16
-    for stage, width in enumerate((16, 32, 64), 1):
-        stack = []
-        for block in range((depth - 2) // 6):
-            stack.append(BasicBlock(convolution, channels, width, 2 if stage > 1 and not block else 1, 2))
-            channels = width
-        parts[f"layer{stage}"] = nn.Sequential(*stack)
-    parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "linear": nn.Linear(64, 10)}
-    model = nn.Sequential(parts)
-    model.load_state_dict(read_state(path))
-    return model.eval()

@@ -24,7 +24,7 @@ def inspect(
     limit: Annotated[int, typer.Option(min=8, help="At most this many images of --data.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look inside a network: filter health, receptive field, efficiency, similarity, transfer.
+    """Look inside a network: filter health, receptive field, efficiency, similarity, transfer, patterns.
 
     [bold]Examples[/bold]
 
@@ -34,14 +34,14 @@ def inspect(
 
       torchconv inspect trained/ --data photos/ --against timm:resnet18
 
-      torchconv inspect trained/ --data photos/ --only transfer
+      torchconv inspect trained/ --data photos/ --only transfer,patterns
     """
     from torchconv.analysis.inspection import as_data, inspect_model, plain, write_report
     from torchconv.weights import open_model
 
     network = open_model(model)
     other = open_model(against) if against else None
-    images, labels = _images(data, size, limit) if data else (None, None)
+    images, labels, names = _images(data, size, limit) if data else (None, None, ())
     chosen = tuple(s.strip() for s in only.split(",") if s.strip()) if only else ()
     with Console(stderr=True).status("reading …") as status:
         found = inspect_model(
@@ -49,6 +49,7 @@ def inspect(
             images,
             other,
             labels=labels,
+            names=names,
             title=model,
             image_size=size,
             only=chosen,
@@ -66,11 +67,11 @@ def inspect(
     console.print(f"report: {page}", highlight=False)
 
 
-def _images(spec: str, size: int, limit: int) -> tuple[Any, Any]:
+def _images(spec: str, size: int, limit: int) -> tuple[Any, Any, tuple[str, ...]]:
     from torchconv.data import load, normalise
 
     found = load(spec, image_size=size, limit=limit)
-    return normalise(found.train.x, found.mean, found.std), found.train.y
+    return normalise(found.train.x, found.mean, found.std), found.train.y, found.classes
 
 
 def register(app: typer.Typer) -> None:
