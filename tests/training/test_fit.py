@@ -26,6 +26,7 @@ from torchconv.training import (
     predict,
 )
 from torchconv.training.augment import plan_epoch
+from torchconv.training.kar import Kar
 
 BASE = FitConfig(epochs=3, batch_size=8, lr=0.02, device="cpu")
 
@@ -34,7 +35,7 @@ def config(**changes: object) -> FitConfig:
     return FitConfig(**{**BASE.__dict__, **changes})
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "kar"])
 def test_weights_are_those_of_a_loop_written_by_hand(optimizer: str) -> None:
     data, settings = make_data(), config(optimizer=optimizer, label_smoothing=0.1, clip_grad=0.5)
     net, x = make_net(dropout=0.0), normalise(data.train.x, data.mean, data.std)
@@ -43,6 +44,8 @@ def test_weights_are_those_of_a_loop_written_by_hand(optimizer: str) -> None:
     step, best = 0, (-1.0, 0.0, {})
     if optimizer == "adamw":
         optim: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=True)
+    elif optimizer == "kar":
+        optim = Kar(groups)
     else:
         optim = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, fused=True)
     for epoch in range(settings.epochs):

@@ -21,7 +21,7 @@ from torchconv.analysis._cka_kernels import cka
 from torchconv.analysis._cka_resample import interval, spearman
 from torchconv.analysis._cka_samples import two_sample_test, wasserstein1
 from torchconv.analysis.rsa import mantel, rdm
-from torchconv.data.folder import SUFFIXES, _decode
+from torchconv.data.folder import SUFFIXES, decode
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
 def _load(paths: list[Path], size: int) -> Tensor:
     images = []
     for path in paths:
-        pixels = _decode(path, (size, size), 3)
+        pixels = decode(path, (size, size), 3)
         if isinstance(pixels, str):
             raise ValueError(f"{path}: {pixels}")
         images.append(torch.tensor(pixels))

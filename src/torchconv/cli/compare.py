@@ -52,7 +52,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=2, help="Batch size, in training and for throughput.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.05,
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd or kar.")] = "adamw",
     augment: Annotated[str, typer.Option(help="auto, none, shift, flip, or timm's, as in rand-m9-mstd0.5.")] = "auto",
     label_smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Mixup's alpha.")] = 0.0,

@@ -154,7 +154,7 @@ def _read(
     for split, column in paths.items():
         readable = [path for path in column if isinstance(headers[path], Header)]
         x = np.empty((len(readable), channels, *target), dtype=np.uint8)
-        decoded = _parallel(lambda p: _decode(p, target, channels), readable, f"decoding {split}", progress)
+        decoded = _parallel(lambda p: decode(p, target, channels), readable, f"decoding {split}", progress)
         row, kept = 0, []
         for path, picture in zip(readable, decoded, strict=True):
             if isinstance(picture, str):
@@ -240,7 +240,7 @@ def _header(path: Path) -> Header | str:
         return _say(error)
 
 
-def _decode(path: Path, target: tuple[int, int], channels: int) -> NDArray[np.uint8] | str:
+def decode(path: Path, target: tuple[int, int], channels: int) -> NDArray[np.uint8] | str:
     """(C, H, W) of one picture, or what is wrong with it."""
     image, ops = require("PIL.Image", "compare"), require("PIL.ImageOps", "compare")
     try:

@@ -10,7 +10,7 @@ from torch import nn
 
 from torchconv._common import check, check_choice, check_positive
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "kar")
 AMP = ("no", "bf16", "fp16")
 AUGMENTS = ("none", "shift", "flip")
 _POLICIES = ("rand", "augmix", "original", "v0", "3a")
@@ -25,7 +25,7 @@ class FitConfig:
         batch_size: items a forward pass, over all processes together, >= 1.
         lr: peak learning rate, > 0.
         weight_decay: decoupled (adamw) or L2 (sgd), >= 0; :func:`torchconv.param_groups` says what is exempt.
-        optimizer: "adamw" or "sgd" (Nesterov).
+        optimizer: "adamw", "sgd" (Nesterov) or "kar" (signs, no weight decay; :class:`torchconv.training.kar.Kar`).
         momentum: of sgd, 0 to below 1.
         warmup_epochs: linear warm-up, fractions allowed, >= 0.
         min_lr: where the cosine ends, 0 to ``lr``.

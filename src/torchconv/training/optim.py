@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check
 from torchconv.training.config import FitConfig
+from torchconv.training.kar import Kar
 
 _OPTIONS = ("lr_mult", "weight_decay")
 
@@ -75,13 +76,15 @@ def _asked(module: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum, over :func:`param_groups`."""
+    """AdamW, SGD with Nesterov momentum, or Kar over :func:`param_groups`."""
     groups = param_groups(model, config.lr, config.weight_decay)
     if not groups:
         raise ValueError(f"model={type(model).__name__}: has no trainable parameters; set requires_grad on some")
     tensors = [p for g in groups for p in g["params"]]
     # The fused step is one kernel and keeps fp16's overflow flag on the device; complex parameters lack it.
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
+    if config.optimizer == "kar":
+        return Kar(groups, lr=config.lr)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     nesterov = config.momentum > 0
