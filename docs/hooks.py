@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchconv.bench.tables import markdown
+from torchconv.bench.tables import markdown, models_markdown
 from torchconv.catalog import papers, planned
 from torchconv.catalog.tables import feed, methods_table, parts_table
 
@@ -44,6 +44,12 @@ def performance(folder: Path = ROOT.parent / "benchmarks" / "results") -> str:
     )
 
 
+def models(folder: Path = ROOT.parent / "benchmarks" / "results") -> str:
+    """The tables of ``torchconv bench models``."""
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("models-*.json"))]
+    return "\n\n".join(models_markdown(r) for r in results) or "No result is recorded yet."
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in what is generated."""
     replacements = {
@@ -51,6 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         "<!-- operators table -->": lambda: parts_table("operator"),
         "<!-- ledger -->": ledger,
         "<!-- performance -->": performance,
+        "<!-- models -->": models,
         "<!-- contributing -->": lambda: (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }
     for mark, make in replacements.items():

@@ -34,6 +34,7 @@ __all__ = [
     "model_peak_memory",
     "paired_latency",
     "peak_memory",
+    "training_step",
 ]
 
 _MOST_SAMPLES = 10_000
@@ -219,14 +220,28 @@ def model_peak_memory(model: nn.Module, x: Any, *, backward: bool = False, devic
     for parameter in replica.parameters():
         parameter.grad = None
 
-    def step() -> None:
-        out = _call(replica, x)
-        while not isinstance(out, Tensor):
-            out = next(iter(out.values() if isinstance(out, Mapping) else out))
-        out.sum().backward()
-
-    with torch.enable_grad(), torch.random.fork_rng(devices=[where.index or 0] if where.type == "cuda" else []):
+    step = training_step(replica, x)
+    with torch.random.fork_rng(devices=[where.index or 0] if where.type == "cuda" else []):
         return peak_memory(step, where)
+
+
+def training_step(model: nn.Module, x: Any) -> Callable[[], None]:
+    """A function that runs the forward and backward pass of the sum of the model's first output, in its present mode.
+
+    Args:
+        model: called as in :func:`latency`; each call starts with fresh gradients.
+        x: the input, or a tuple of inputs.
+    """
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            out = _call(model, x)
+            while not isinstance(out, Tensor):
+                out = next(iter(out.values() if isinstance(out, Mapping) else out))
+            out.sum().backward()
+
+    return step
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The result of ``bench ops`` as a table for a page and as a roofline plot."""
+"""The results of ``bench ops`` and ``bench models`` as tables for a page, and the roofline plot."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ def pairs(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, An
 
 def where(result: dict[str, Any]) -> str:
     """The machine and its measured ceilings, in a line."""
-    m, roof = result["machine"], result["ceiling"]
-    device = m.get("gpu") if result["device"].startswith("cuda") else f"{m.get('cpu')}, {m.get('threads')} threads"
-    return (
-        f"{device}, torch {m.get('torch')}, {result['dtype']}; measured ceilings {roof['gflops']:.0f} GFLOP/s and "
-        f"{roof['gbs']:.0f} GB/s"
+    roof = result["ceiling"]
+    device = _device(result["machine"], result["device"])
+    return f"{device}, {result['dtype']}; measured ceilings {roof['gflops']:.0f} GFLOP/s and {roof['gbs']:.0f} GB/s"
+
+
+def _device(machine: dict[str, Any], device: str) -> str:
+    what = (
+        machine.get("gpu") if device.startswith("cuda") else f"{machine.get('cpu')}, {machine.get('threads')} threads"
     )
+    return f"{what}, torch {machine.get('torch')}"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -49,6 +54,58 @@ def markdown(result: dict[str, Any]) -> str:
         )
     lines += [f"\nLeft out: `{s['op']}` {s['case']}: {s['why']}" for s in result["skipped"]]
     return "\n".join(lines) + "\n"
+
+
+def models_where(result: dict[str, Any]) -> str:
+    """The machine and the options of a run of ``bench models``, in a line."""
+    given = result["input"]
+    layout = ", channels-last" if given["channels_last"] else ""
+    return f"{_device(result['machine'], given['device'])}, {given['dtype']}{layout}, batches of {given['batch']}"
+
+
+def models_columns(result: dict[str, Any]) -> list[str]:
+    """Headings of :func:`model_lines`."""
+    batch = result["input"]["batch"]
+    names = ["network", "input", "M params", "G MACs", "ms", "p95", "faster", f"a second ({batch})", "faster", "MB"]
+    return names + (["training ms", "faster", "MB"] if result["input"]["training"] else [])
+
+
+def model_lines(row: dict[str, Any]) -> list[list[str]]:
+    """A line for our network and one for its peer, with its time over ours and the interval under "faster"."""
+    lines = []
+    for side in ("ours", "peer"):
+        fact = row[side]
+        if fact is None:
+            continue
+
+        def faster(kind: str, side: str = side) -> str:
+            found = row["speedup"].get(kind) if side == "peer" else None
+            return "{:.2f}× ({:.2f} to {:.2f})".format(*found) if found else ""
+
+        line = [fact["model"], "×".join(map(str, row["shape"])) if side == "ours" else ""]
+        line += [f"{fact['params'] / 1e6:.2f}", f"{fact['macs'] / 1e9:.3f}"]
+        line += [f"{fact['latency_ms']:.1f}", f"{fact['latency_p95_ms']:.1f}", faster("latency")]
+        line += [f"{fact['throughput']:.1f}", faster("batch"), f"{fact['memory_bytes'] / 1e6:.1f}"]
+        if "training_ms" in fact:
+            line += [f"{fact['training_ms']:.0f}", faster("training"), f"{fact['training_memory_bytes'] / 1e6:.0f}"]
+        lines.append(line)
+    return lines
+
+
+def models_markdown(result: dict[str, Any]) -> str:
+    """The table of ``bench models``: two lines a pair, losses in bold."""
+    head = models_columns(result)
+    lines = [f"{models_where(result)}.\n", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    for name, *values in (line for row in result["rows"] for line in model_lines(row)):
+        lines.append(f"| `{name}` | {' | '.join(map(_marked, values))} |")
+    lines += [f"\nLeft out: `{s['model']}`: {s['why']}" for s in result["skipped"]]
+    return "\n".join(lines) + "\n"
+
+
+def _marked(cell: str) -> str:
+    """A speed-up in bold where its whole interval lies below 1."""
+    found = re.fullmatch(r"[\d.]+× \([\d.]+ to ([\d.]+)\)", cell)
+    return f"**{cell}**" if found and float(found[1]) < 1 else cell
 
 
 def roofline(result: dict[str, Any], path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""``torchconv bench ops | mixers``: how fast is it on this machine?"""
+"""``torchconv bench ops | mixers | models``: how fast is it on this machine?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 benchmarks = typer.Typer(
     name="bench",
     help="How fast is it on this machine?\n\n[bold]Examples[/bold]\n\n  torchconv bench ops\n\n"
-    "  torchconv bench mixers --size 28x28",
+    "  torchconv bench mixers --size 28x28\n\n  torchconv bench models --filter 'lsnet*,spartan_s'",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -176,6 +176,76 @@ def mixers_command(
     console.print(
         f"{where.get('cpu', '')}, {where.get('threads', '?')} threads, torch {where.get('torch', '')}", highlight=False
     )
+
+
+@benchmarks.command("models")
+def models_command(
+    wanted: Annotated[str | None, typer.Option("--filter", help="Names or patterns; all networks by default.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of the images.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of the throughput.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ….")] = "cpu",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="Time training passes too.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each network and kind of call.")] = 0.5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here, after every network.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time named networks against timm's of the same name or the nearest published one, in turn.
+
+    [bold]Examples[/bold]
+
+      torchconv bench models
+
+      torchconv bench models --filter 'inception_next*,eca_resnet50' --training --out models.json
+
+      torchconv bench models --device cuda --dtype bfloat16 --batch 64 --out models.json --resume
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from torchconv.bench.models import bench_models
+    from torchconv.bench.tables import model_lines, models_columns, models_where
+
+    _threads(threads)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bars:
+        task = bars.add_task("building")
+        result = bench_models(
+            tuple(s.strip() for s in wanted.split(",") if s.strip()) if wanted else (),
+            size=size,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            channels_last=channels_last,
+            training=training,
+            min_seconds=seconds,
+            out=out,
+            resume=resume,
+            progress=lambda name, done, total: bars.update(task, description=name, completed=done, total=total),
+        )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    table = Table(box=None)
+    for index, column in enumerate(models_columns(result)):
+        table.add_column(column, justify="right" if index else "left")
+    for row in result["rows"]:
+        for line in model_lines(row):
+            table.add_row(*line)
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    console.print(table)
+    for skipped in result["skipped"]:
+        console.print(f"left out: {skipped['model']}: {skipped['why']}", highlight=False)
+    console.print(models_where(result), highlight=False)
 
 
 def register(app: typer.Typer) -> None:
