@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from torchconv.bench.cases import Case, Place, case
 from torchconv.kernels import causal_conv1d, long_conv, selective_scan
-from torchconv.ops.longconv import LongConv1d
-from torchconv.ops.sgconv import SGConv1d
+from torchconv.ops.hrvmamba_scan import SelectiveScan2d
+from torchconv.ops.longconv import LongConv1d, LongConvLayer
+from torchconv.ops.sgconv import SGConv1d, SGConvLayer
 
 
 def by_fft(x: Tensor, kernel: Tensor) -> Tensor:
@@ -75,6 +77,44 @@ def _against_fft(place: Place, layer: Any) -> Iterator[Case]:
 
     params = tuple(p for p in layer.parameters() if p.requires_grad)
     yield Case("4×64×4096 k=1023", layer, (x,), eager, params=params)
+
+
+@case("sgconv-layer")
+def sgconv_layer(place: Place) -> Iterator[Case]:
+    """The authors' layer, causal: kernel, padded transforms, skip, GELU, projection."""
+    layer = place.put(SGConvLayer(64, 2048))
+    u = place.randn(4, 64, 2048)
+
+    def eager(u: Tensor) -> Tensor:
+        y = by_fft(u, layer.kernel(u.shape[-1])[0]) + layer.D[0][:, None] * u
+        out: Tensor = layer.output_linear(F.gelu(y))
+        return out
+
+    yield Case("4×64×2048", layer, (u,), eager, params=tuple(p for p in layer.parameters() if p.requires_grad))
+
+
+@case("longconv-layer")
+def longconv_layer(place: Place) -> Iterator[Case]:
+    """The authors' layer, causal, in the same way."""
+    layer = place.put(LongConvLayer(64, 2048, init_std=0.02))
+    u = place.randn(4, 64, 2048)
+
+    def eager(u: Tensor) -> Tensor:
+        y = by_fft(u, layer.kernel()[0]) + layer.D[0][:, None] * u
+        out: Tensor = layer.output_linear(F.gelu(y))
+        return out
+
+    yield Case("4×64×2048", layer, (u,), eager, params=tuple(layer.parameters()))
+
+
+@case("ss2d")
+def ss2d(place: Place) -> Iterator[Case]:
+    """Four scans over a map between linear maps, against the same with a loop over the positions."""
+    layer = place.put(SelectiveScan2d(32))
+    loop: Any = copy.deepcopy(layer)
+    loop.backend = "reference"
+    x = place.randn(2, 32, 16, 16)
+    yield Case("2×32×16²", layer, (x,), loop, params=tuple(layer.parameters()))
 
 
 @case("selective-scan")
