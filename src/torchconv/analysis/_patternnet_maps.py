@@ -191,7 +191,8 @@ def locate(
     found = []
     for batch in batches(maps):
         shape = (1, -1, *[1] * (batch.dim() - 2))
-        enough = votes(binarise(batch, thresholds), sets) >= least.view(shape).to(batch.device)
+        fires = binarise(batch, thresholds).view(torch.uint8)
+        enough = _summed(fires, sets) >= least.view(shape).to(batch.device)
         mean = _summed(batch, sets) / sizes.view(shape).to(batch.device)
         score, position = respond(mean.masked_fill(~enough, -torch.inf))
         absent = ~enough.flatten(2).any(-1)
@@ -207,12 +208,19 @@ def _summed(values: Tensor, sets: Sequence[Sequence[int]]) -> Tensor:
     for chosen in sets:
         ok = all(0 <= n < count for n in chosen)
         check(ok, "sets", tuple(chosen), f"must name some of {count} filters, from 0")
+    slots = max(map(len, sets), default=0)
+    if values.dtype == torch.uint8 and slots > 255:
+        values = values.long()
     total = values.new_zeros(len(values), len(sets), *values.shape[2:])
-    for slot in range(max(map(len, sets), default=0)):
+    for slot in range(slots):
         rows = [i for i, chosen in enumerate(sets) if len(chosen) > slot]
-        channels = [sets[i][slot] for i in rows]
-        total[:, rows] += values[:, channels]
+        members = values.index_select(1, _index([sets[i][slot] for i in rows], values))
+        total = total + members if len(rows) == len(sets) else total.index_add(1, _index(rows, values), members)
     return total
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)
 
 
 def supports(present: Tensor, labels: Tensor, n_classes: int) -> Tensor:
