@@ -360,7 +360,7 @@ def test_section_draws_patterns_on_the_bars(tmp_path: Path) -> None:
     accuracy = {row["classified by"]: row["held-out accuracy"] for row in section.tables["accuracy"]}
     assert accuracy["patterns"] > 0.8 > accuracy["chance"] == pytest.approx(1 / 3)
     assert section.level == "note"
-    assert {row["class"] for row in section.tables["patterns"]} <= {"upright", "level", "class 2"}
+    assert {row["class"] for row in section.tables["patterns"]} <= {"upright", "level", "2"}
     assert section.data["stride"] == 1
     assert section.verdict in write_report(found, tmp_path / "page.html").read_text()
     study = study_patterns(model, images, labels)

@@ -138,7 +138,7 @@ def section(model: nn.Module, images: Tensor, labels: Tensor, names: Sequence[st
     check(images.dim() == 4, "images", tuple(images.shape), "patterns are drawn on pictures (N, C, H, W)")
     found = study_patterns(model, images, labels)
     mining, accuracy = found.mining, found.accuracy
-    called = {i: names[c] if c < len(names) else f"class {c}" for i, c in enumerate(found.classes)}
+    called = {i: names[c] if c < len(names) else str(c) for i, c in enumerate(found.classes)}
     best = max(mining.patterns, key=lambda p: p.support * p.confidence)
     rows = [_row(p, called) for p in mining.patterns]
     tests = [{"classified by": n, "held-out accuracy": v} for n, v in accuracy.items()]
@@ -146,9 +146,9 @@ def section(model: nn.Module, images: Tensor, labels: Tensor, names: Sequence[st
         key="patterns",
         title="Parts that tell the classes apart",
         verdict=f"{len(rows)} patterns in {len({p.label for p in mining.patterns})} of {len(called)} classes. The "
-        f"best, of {called[best.label]}, is in {100 * best.support:.0f} % of its images, which are "
-        f"{100 * best.confidence:.0f} % of those that show it; patterns alone classify {100 * accuracy['patterns']:.0f}"
-        f" % of held-out images rightly (largest class: {100 * accuracy['chance']:.0f} %).",
+        f"best, of class {called[best.label]}, is in {100 * best.support:.0f} % of its images with confidence "
+        f"{best.confidence:.2f}; patterns alone classify {100 * accuracy['patterns']:.0f} % of held-out images rightly "
+        f"(largest class: {100 * accuracy['chance']:.0f} %).",
         reading="A pattern is two or three filters of the last maps that fire at one place. Support is the share of "
         "its class's images that show it, confidence the class's share of all support, both on the 70 % of the images "
         "used for mining. Good patterns sit on the object; boxes on the background, or on a watermark, say that the "

@@ -116,7 +116,8 @@ def inspect_model(
 
     Args:
         model: any module that takes images; it is left as it is.
-        images: (N, C, H, W) normalised as it expects them; eight of unit noise by default.
+        images: (N, C, H, W) normalised as it expects them, grey ones as well for a network that takes three channels;
+            eight of unit noise by default.
         against: a second network; with it representations are compared.
         labels: (N,) classes of the images; with them it is measured how well the features transfer, and which
             parts tell the classes apart.
@@ -137,6 +138,8 @@ def inspect_model(
     say = progress or (lambda line: None)
     if images is None:
         images = _noise(model, image_size)
+    elif images.dim() == 4 and images.shape[1] == 1 and _channels(model) == 3:
+        images = images.expand(-1, 3, -1, -1)  # grey pictures, a network for coloured ones
     training = [(m, m.training) for m in model.modules()]
     model.eval()
     sections: list[Section] = []
@@ -158,12 +161,17 @@ def inspect_model(
     return Inspection(title or type(model).__name__, facts, sections, left_out)
 
 
+def _channels(model: nn.Module) -> int | None:
+    """Those of the first 2-D convolution, a network's images."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+
+
 def _noise(model: nn.Module, size: int) -> Tensor:
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
+    channels = _channels(model)
+    if channels is None:
         raise ValueError(f"model={type(model).__name__}: has no 2-D convolution, so images must be given")
     parameter = next(model.parameters())
-    shape = (8, first.in_channels, size, size)
+    shape = (8, channels, size, size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return noise.to(parameter.device, parameter.dtype)
 
