@@ -274,6 +274,7 @@ def test_refusals() -> None:
         ("factor", {"scale": 0.5}),
         ("steps", {"scale": 2, "steps": (51, 50)}),
         ("steps", {"scale": 2, "steps": (5,)}),
+        ("steps", {"scale": 2, "steps": 5}),
         ("timesteps", {"scale": 2, "steps": (5, 10), "timesteps": [3.0, 2.0]}),
         ("timesteps", {"scale": 2, "steps": (5, 10), "timesteps": 0}),
         ("progressive", {"scale": 2, "progressive": True}),
@@ -373,7 +374,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     wide: Any = redilate(
         base,
         layers={"mid_block.*": 4, "up_blocks.0.*": 2.5},
-        steps=(2, 4),
+        steps=2,
         timesteps=torch.tensor(times),
         progressive=True,
         disperse="mid_block.*",

@@ -138,7 +138,7 @@ def redilate(
     scale: float | None = None,
     *,
     layers: Layers | None = None,
-    steps: Sequence[int] | None = None,
+    steps: int | Sequence[int] | None = None,
     timesteps: Any = 1000,
     progressive: bool = False,
     disperse: Patterns | None = None,
@@ -155,10 +155,10 @@ def redilate(
             is. Hooks, device, type, training mode, shared layers and parametrisations are kept.
         scale: φ ≥ 1, the ratio of the resolutions; fractions are fine.
         layers: a pattern for names ("mid_block.*") or several, a predicate of name and module, or factors by pattern
-            ({"mid_block.*": 4, "*_blocks.*": 2}, the first that fits) instead of ``scale``. Unset is the inner layers,
+            ({"mid_block.*": 4, "*.conv2": 2}, the first that fits) instead of ``scale``. Unset is the inner layers,
             from the first halved resolution inwards: by name in networks of diffusers, else measured on ``example``.
         steps: (τ, N): only during the first, noisiest τ of N steps, told by the time step that the network is called
-            with. Unset is always.
+            with; or τ where ``timesteps`` lists all. Unset is always.
         timesteps: the number of time steps in training, a multiple of N, or the sampler's own, noisiest first
             (``scheduler.timesteps``).
         progressive: the factor falls with the steps, max(⌈φ·(τ − i)/τ⌉, 2); published for four times the width.
@@ -188,14 +188,14 @@ def redilate(
 
     Reference: arXiv 2310.07702, sections 3.2 and 3.3.
     """
-    if not isinstance(model, nn.Module):
-        given = {k: v for k, v in locals().items() if k not in ("model", "scale")}
-        return _pipeline(model, scale, given)
-    again = any(isinstance(m, _Scheduled) for m in model.modules())
-    check(not again, "model", type(model).__name__, "is re-dilated already: start from the network that it came from")
+    base: Any = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
+    ok = isinstance(base, nn.Module)
+    check(ok, "model", type(model).__name__, "expected a module, or a pipeline that has one as unet")
+    again = any(isinstance(m, _Scheduled) for m in base.modules())
+    check(not again, "model", type(base).__name__, "is re-dilated already: start from the network that it came from")
     for name in dispersion or {}:
         check_choice("dispersion", name, _DISPERSION)
-    new: Any = _copied(model, share)
+    new: Any = _copied(base, share)
     factors = _factors(new, scale, layers, example)
     enlarged = [] if disperse is None else _named(new, disperse, "disperse")
     kept: dict[str, str] = {}
@@ -224,8 +224,12 @@ def redilate(
         edit["argument"] = Argument.timestep(new, argument).name
     _carry_out(new, edit)
     new.redilate_report = RedilateReport(edit["layers"], edit["disperse"], kept)
-    note(new, model, [edit])
-    return new
+    note(new, base, [edit])
+    if base is model:
+        return new
+    pipeline: Any = copy.copy(model)
+    pipeline.unet = new
+    return pipeline
 
 
 @verb("redilate")
@@ -282,16 +286,6 @@ def _copied(model: nn.Module, share: bool) -> nn.Module:
     if share:
         memo = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
-
-
-def _pipeline(pipeline: Any, scale: float | None, options: dict[str, Any]) -> Any:
-    """A shallow copy of a pipeline with its U-Net re-dilated."""
-    network = getattr(pipeline, "unet", None)
-    ok = isinstance(network, nn.Module)
-    check(ok, "model", type(pipeline).__name__, "expected a module, or a pipeline that has one as unet")
-    new = copy.copy(pipeline)
-    new.unet = redilate(network, scale, **options)
-    return new
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Module]:

@@ -55,11 +55,12 @@ class NoiseDampedGuidance(nn.Module):
     result, u + w·(c − u). This one also runs D' on the first half and returns [v, v + c − u], v = ε_{D'}(∅): whatever w
     is, the sampler then finds v + w·(c − u), which is :func:`noise_damped_guidance`. After the first τ steps the
     result of D is left as it is. Everything else that is asked of it (``config``, ``dtype``, …) is answered by D.
+    Sampling without guidance, whose batch is not doubled, needs D itself.
 
     Args:
         network: D, re-dilated in all chosen layers.
         damped: D', re-dilated in its deepest layers only; it may share D's weights.
-        steps: (τ, N), the first τ of N steps. Unset is all.
+        steps: (τ, N), the first τ of N steps, or τ where ``timesteps`` lists all. Unset is all.
         timesteps: the number of time steps in training, or the sampler's own, noisiest first.
         argument: of ``network.forward``, the one with the time step; unset is found by its name.
 
@@ -86,7 +87,7 @@ class NoiseDampedGuidance(nn.Module):
         network: nn.Module,
         damped: nn.Module,
         *,
-        steps: Sequence[int] | None = None,
+        steps: int | Sequence[int] | None = None,
         timesteps: Any = 1000,
         argument: str | None = None,
     ) -> None:

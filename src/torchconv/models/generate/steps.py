@@ -65,12 +65,16 @@ class Steps:
         return min(max(passed, 0), self.total - 1)
 
 
-def as_steps(steps: Sequence[int], timesteps: Any) -> Steps:
-    """``Steps`` from what a user gives: (τ, N), and a number or a sequence (also a tensor) of time steps."""
-    check(len(steps) == 2, "steps", steps, "give (τ, N): the first τ of N steps of sampling")
+def as_steps(steps: int | Sequence[int], timesteps: Any) -> Steps:
+    """``Steps`` from what a user gives: (τ, N), or τ where ``timesteps`` lists all (a sequence or a tensor)."""
     values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
     listed = tuple(float(t) for t in values) if isinstance(values, Sequence) else float(values)
-    return Steps(steps[0], steps[1], listed)
+    if isinstance(steps, int) and isinstance(listed, tuple):
+        return Steps(steps, len(listed), listed)
+    pair = not isinstance(steps, int) and len(steps) == 2
+    check(pair, "steps", steps, "give (τ, N), the first τ of N steps, or τ and the sampler's own timesteps")
+    active, total = steps  # type: ignore[misc]
+    return Steps(active, total, listed)
 
 
 @dataclass(frozen=True)
