@@ -37,6 +37,7 @@ from torchconv.analysis._filters_layers import (
     zero_bias,
 )
 from torchconv.analysis._filters_lsuv import lsuv
+from torchconv.analysis._filters_section import section as section
 from torchconv.catalog import part
 
 RANDOM: dict[str, Callable[..., Tensor]] = {

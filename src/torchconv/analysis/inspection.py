@@ -92,6 +92,7 @@ def _labels(subject: Subject) -> Tensor:
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "filters": lambda s: _module("filterdb").section(s.model),
+    "filter-design": lambda s: _module("filterdesign").section(s.model, s.images),
     "receptive-field": lambda s: _module("receptive").section(s.model, s.images[:8]),
     "efficiency": lambda s: _module("efficiency").section(s.model, s.images[:1]),
     "similarity": _similarity,
