@@ -199,7 +199,7 @@ def test_model_made_tunable_starts_as_the_model(mode):
     for b in range(2):
         set_tuning(net, omega[b])
         torch.testing.assert_close(y[b : b + 1], net(x[b : b + 1]))
-        torch.testing.assert_close(merge(net)(x), net.eval()(x))
+        torch.testing.assert_close(merge(net, x)(x), net.eval()(x))
     assert type(make_tunable(nn.Linear(3, 2))) is TunableLinear
     with pytest.raises(ValueError, match="model="):
         make_tunable(nn.ReLU())

@@ -1,4 +1,4 @@
-"""The command line: ``torchconv compare | inspect | swap | list | show | search | claim | bench``."""
+"""The command line: ``torchconv compare | inspect | swap | merge | export | list | show | search | claim | bench``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _global(
 
 
 def _register() -> None:
-    from torchconv.cli import bench, catalogue, claims, compare, inspect, swap
+    from torchconv.cli import bench, catalogue, claims, compare, export, inspect, merge, swap
 
-    for module in (compare, inspect, swap, catalogue, claims, bench):
+    for module in (compare, inspect, swap, merge, export, catalogue, claims, bench):
         module.register(app)
 
 

@@ -1,7 +1,31 @@
 """Change a network that somebody already has: put operators in place of convolutions, take inference forms."""
 
-from torchconv.surgery.merging import merge
+from torchconv.surgery.bundle import BundledStack, BundleReport, bundle
+from torchconv.surgery.factorise import FactorisedLayer, FactoriseReport, factorise
+from torchconv.surgery.merging import FoldedNorm, MergedPart, MergeReport, Speed, merge
+from torchconv.surgery.parallelise import ParallelBlocks, ParalleliseReport, ParallelStack, parallelise
 from torchconv.surgery.redilate import RedilateReport, redilate
 from torchconv.surgery.swap import SwappedLayer, SwapReport, swap
 
-__all__ = ["RedilateReport", "SwapReport", "SwappedLayer", "merge", "redilate", "swap"]
+__all__ = [
+    "BundleReport",
+    "BundledStack",
+    "FactoriseReport",
+    "FactorisedLayer",
+    "FoldedNorm",
+    "MergeReport",
+    "MergedPart",
+    "ParallelBlocks",
+    "ParallelStack",
+    "ParalleliseReport",
+    "RedilateReport",
+    "Speed",
+    "SwapReport",
+    "SwappedLayer",
+    "bundle",
+    "factorise",
+    "merge",
+    "parallelise",
+    "redilate",
+    "swap",
+]

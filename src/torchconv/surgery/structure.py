@@ -19,27 +19,55 @@ from torch import nn
 from torchconv._common import check, did_you_mean
 
 Edit = dict[str, Any]
-_VERBS: dict[str, Callable[[nn.Module, Edit], None]] = {}
+CarryOut = Callable[[nn.Module, Edit], nn.Module | None]
+_VERBS: dict[str, CarryOut] = {}
 _ALLOWED = ("torch.nn.", "torchconv.")
+_HOOKS = {  # attribute of nn.Module → whether the hook runs before the module
+    "_forward_pre_hooks": True,
+    "_forward_pre_hooks_with_kwargs": True,
+    "_backward_pre_hooks": False,
+    "_forward_hooks": False,
+    "_forward_hooks_with_kwargs": False,
+    "_forward_hooks_always_called": False,
+    "_backward_hooks": False,
+}
 
 
-def verb(name: str) -> Callable[[Callable[[nn.Module, Edit], None]], Callable[[nn.Module, Edit], None]]:
-    """Announce what carries out the edits of a verb, in place."""
+def verb(name: str) -> Callable[[CarryOut], CarryOut]:
+    """Announce what carries out the edits of a verb: in place, or by returning another network (edits of path "")."""
 
-    def decorate(carry_out: Callable[[nn.Module, Edit], None]) -> Callable[[nn.Module, Edit], None]:
+    def decorate(carry_out: CarryOut) -> CarryOut:
         _VERBS[name] = carry_out
         return carry_out
 
     return decorate
 
 
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put ``module`` where the submodule ``path`` is, under every name that the old one has (shared modules)."""
+def has_hooks(module: nn.Module, before: bool = False) -> bool:
+    """Whether hooks see what goes through the module; ``before``: its input, otherwise its output."""
+    return any(bool(getattr(module, name)) for name, early in _HOOKS.items() if early == before)
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put ``module`` where the submodule ``path`` is, under every name that the old one has (shared modules).
+
+    The old one's hooks stay in its place.
+
+    Returns:
+        The network: ``model`` changed in place, or ``module`` where ``path`` is "", the whole.
+    """
     old = model.get_submodule(path)
+    for name in _HOOKS:
+        getattr(module, name).update(getattr(old, name))
+    if old._backward_hooks:
+        module._is_full_backward_hook = old._is_full_backward_hook
+    if old is model:
+        return module
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() names a shared one once
             if child is old:
                 setattr(parent, name, module)
+    return model
 
 
 def make(target: str, options: dict[str, Any]) -> nn.Module:
@@ -62,14 +90,8 @@ def _replace(model: nn.Module, edit: Edit) -> None:
     put(model, edit["path"], make(edit["class"], edit["options"]))
 
 
-@verb("merge")
-def _merge(model: nn.Module, edit: Edit) -> None:
-    fold: Any = model.get_submodule(edit["path"]).eval()
-    put(model, edit["path"], fold.merge())
-
-
 def apply_edits(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
-    """``model``, changed in place by the edits in order; random numbers drawn on the way do not show outside.
+    """``model`` after the edits in order; it is changed in place, and random numbers drawn do not show outside.
 
     Raises:
         ValueError: an unknown verb, a path that the network lacks, or a class that may not be built.
@@ -80,9 +102,10 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
             name = str(edit.get("verb"))
             check(name in _VERBS, "verb", name, did_you_mean(name, _VERBS))
             try:
-                _VERBS[name](model, edit)
+                changed = _VERBS[name](model, edit)
             except AttributeError as error:
                 raise ValueError(f"edit={edit}: {error}") from None
+            model = model if changed is None else changed
     return model
 
 

@@ -6,7 +6,6 @@ How well a layer was carried over is measured, not assumed: the new layer and th
 from __future__ import annotations
 
 import copy
-import fnmatch
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from torchconv.catalog import Part, load, operator
 from torchconv.ops import as_conv
 from torchconv.ops._common import CONV, resolve_padding
 from torchconv.ops.roles import options_of
+from torchconv.surgery._layers import Where, convolutions
+from torchconv.surgery._probe import difference, run
 from torchconv.surgery.structure import Edit, note, put, verb
 
-Where = str | Callable[[str, nn.Module], bool]
-ROLES = ("all", "spatial", "depthwise", "pointwise", "stem")
 EXACT, CLOSE = 1e-4, 0.5
 
 
@@ -94,7 +93,7 @@ def swap(
     """
     announced = operator(to)
     new = copy.deepcopy(model)
-    chosen = _select(new, where)
+    chosen = convolutions(new, where)
     layers: list[SwappedLayer] = []
     kept: dict[str, str] = {}
     edits: list[Edit] = []
@@ -112,12 +111,11 @@ def swap(
         edits.append(edit)
     reasons = "; ".join(f"{p}: {why}" for p, why in kept.items()) or f"where={where!r} matches no convolution"
     check(bool(layers), "to", to, f"no layer could be replaced ({reasons})")
-    difference = None
+    apart = None
     if example is not None:
-        with torch.no_grad():
-            before, after = (m.eval()(example) for m in (copy.deepcopy(model), copy.deepcopy(new)))
-        difference = _relative(after, before)
-    new.swap_report = SwapReport(layers, kept, difference)  # type: ignore[assignment]
+        before, after = (run(copy.deepcopy(m).eval(), example) for m in (model, new))
+        apart = difference(after, before)
+    new.swap_report = SwapReport(layers, kept, apart)  # type: ignore[assignment]
     note(new, model, edits)
     return new
 
@@ -126,28 +124,6 @@ def swap(
 def _swap_again(model: nn.Module, edit: Edit) -> None:
     conv: Any = model.get_submodule(edit["path"])
     put(model, edit["path"], _build(conv, edit))
-
-
-def _select(model: nn.Module, where: Where) -> dict[str, Any]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
-    stem = next(iter(found), None)
-    if callable(where):
-        return {n: m for n, m in found.items() if where(n, m)}
-    if where not in ROLES:
-        return {n: m for n, m in found.items() if fnmatch.fnmatch(n, where)}
-
-    def has_role(name: str, conv: Any) -> bool:
-        wide = max(conv.kernel_size) > 1
-        roles = {
-            "all": True,
-            "stem": name == stem,
-            "pointwise": not wide,
-            "depthwise": wide and conv.groups == conv.in_channels > 1,
-            "spatial": wide and name != stem,
-        }
-        return roles[where]
-
-    return {n: m for n, m in found.items() if has_role(n, m)}
 
 
 def _settings(announced: Part, conv: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -283,18 +259,11 @@ def _judge(path: str, conv: Any, made: nn.Module, keep_weights: bool) -> Swapped
     ours, theirs = (copy.deepcopy(m).eval()(noise) for m in (made, conv))
     if ours.shape != theirs.shape:
         raise ValueError(f"the operator gives {tuple(ours.shape)}, the convolution {tuple(theirs.shape)}")
-    difference = _relative(ours, theirs)
-    transfer = "fresh" if not keep_weights or difference > CLOSE else "exact" if difference <= EXACT else "approximate"
-    return SwappedLayer(path, _name(conv), _name(made), transfer, difference)
+    apart = difference(ours, theirs)
+    transfer = "fresh" if not keep_weights or apart > CLOSE else "exact" if apart <= EXACT else "approximate"
+    return SwappedLayer(path, _name(conv), _name(made), transfer, apart)
 
 
 def _name(module: nn.Module) -> str:
     parts = [type(m).__name__ for m in module] if isinstance(module, nn.Sequential) else [type(module).__name__]
     return " + ".join(parts)
-
-
-def _relative(ours: Any, theirs: Any) -> float:
-    if not isinstance(ours, Tensor):
-        return max(_relative(a, b) for a, b in zip(ours, theirs, strict=True))
-    scale = float(theirs.abs().max()) or 1.0
-    return float((ours - theirs).abs().max()) / scale
