@@ -157,3 +157,48 @@ def test_silent_and_offline(browser: Any, report: Path) -> None:
     assert report.as_uri() in asked
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert browser.get_log("browser") == []
+
+
+@pytest.fixture(scope="module")
+def inspection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with a title, a layer and a table as wide as they come, its alarm in the last section."""
+    from matplotlib.figure import Figure
+
+    from torchconv.analysis.inspection import Inspection
+    from torchconv.analysis.inspection import write_report as write
+    from torchconv.analysis.section import Picture, Section
+
+    figure = Figure(figsize=(12, 3))
+    figure.subplots().plot([0, 1])
+    rows = [{"layer": "features.block." * 4 + str(i), **{f"column {c}": i / 7 for c in range(12)}} for i in range(9)]
+    path = "torchconv:" + "a_very_long_name_" * 5
+    wide = Section("wide", "Wide", path, "How to read it.", "good", {"layers": rows}, [Picture("p", figure, "r", "a")])
+    found = Inspection(
+        path, {"not counted": path}, [wide, Section("last", "Last", "Look here!", "", "bad")], {"x": path}
+    )
+    return write(found, tmp_path_factory.mktemp("inspection") / "page.html")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_inspection_fits_a_telephone(browser: Any, inspection: Path, theme: str) -> None:
+    show(browser, inspection, 390, theme)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert browser.execute_script("return document.querySelector('img').getBoundingClientRect().right") <= 390
+    inside = (
+        "const box = document.querySelector('.scroll'); box.scrollLeft = 200; box.scrollTop = 60;"
+        "const outer = box.getBoundingClientRect(), head = box.querySelector('th').getBoundingClientRect();"
+        "const first = box.querySelector('td').getBoundingClientRect();"
+        "return [box.scrollLeft, head.left - outer.left, first.left - outer.left, first.width / outer.width]"
+    )
+    scrolled, head, first, share = browser.execute_script(inside)
+    assert scrolled == 200  # the table scrolls in its box, and the names of rows and columns stay
+    assert (head, first) == (0, 0)
+    assert share < 0.5
+    verdicts = browser.find_elements("css selector", "ul.verdicts li")
+    assert verdicts[0].text == "Look here!"
+    colours = (
+        "const style = name => getComputedStyle(document.querySelector(name));"
+        "return [style('body').color, style('td').backgroundColor]"
+    )
+    text, ground = (int(c.split("(")[1].split(",")[0]) for c in browser.execute_script(colours))
+    assert (text > 200 > 100 > ground) if theme == "dark" else (text < 50 < 200 < ground)

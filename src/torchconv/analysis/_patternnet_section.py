@@ -180,7 +180,10 @@ def _row(pattern: Pattern, called: dict[int, str]) -> dict[str, Any]:
 
 def _picture(found: Study, images: Tensor, labels: Tensor, called: dict[int, str]) -> Picture:
     firsts = [found.mining.of(c)[0] for c in called if found.mining.of(c)]
-    shown = sorted(firsts, key=lambda p: -p.support * p.confidence)[:ROWS]
+    seen = Mining(firsts, found.mining.thresholds).locate(found.maps).present
+    own = torch.tensor([found.classes[p.label] for p in firsts]) == labels.cpu()[found.rest][:, None]
+    held = [p for p, at in zip(firsts, (seen & own).any(0).tolist(), strict=True) if at]
+    shown = sorted(held, key=lambda p: -p.support * p.confidence)[:ROWS]
     side = found.geometry.receptive_field
     return Picture(
         "on-images",
