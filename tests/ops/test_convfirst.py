@@ -173,6 +173,12 @@ def test_the_expanded_map_never_exists() -> None:
 def test_layout_and_device_options() -> None:
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     assert made("ConvFirst").fuse(tile=4)(x).is_contiguous(memory_format=torch.channels_last)
+    for out in (8, 12):  # with the residual and without it
+        block = made("ConvFirst", out=out)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert block.fuse(tile=4)(x).dtype == block.merge()(x).dtype == block(x).dtype
+    assert made("MBConv").fuse(tile=4)(x[:0]).shape == x[:0].shape
+    assert "height=4" in repr(made("MBConv").fuse(tile=4))
     block = ConvFirst(8, 8, dtype=torch.float64, device="meta")
     assert {p.dtype for p in block.parameters()} == {torch.float64}
     assert {p.device.type for p in block.parameters()} == {"meta"}

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import Size, check, check_positive, ntuple
+from torchconv.kernels._layout import is_channels_last
 from torchconv.ops._common import apply_conv, conv_nd
 
-BUDGET = 1 << 20  # bytes: the second-level cache of one core
+BUDGET = 1 << 22  # bytes: a core's share of the last-level cache; smaller tiles pay more for starting kernels
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def plan_tile(
     if positions < width:
         return Tile(1, 1, max(1, positions), chunk)
     rows = min(height, positions // width)
+    rows = -(-height // -(-height // rows))  # strips of about the same height
     return Tile(max(1, positions // (height * width)) if rows == height else 1, rows, width, chunk)
 
 
@@ -117,7 +119,10 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.first, self.norm = first, norm or nn.Identity()
         self.expand, self.middle, self.project = expand, middle, project
-        self.act = copy.deepcopy(act)
+        activation: Any = copy.deepcopy(act)
+        if hasattr(activation, "inplace"):  # what it gets is a convolution's output that nothing else reads
+            activation.inplace = True
+        self.act: nn.Module = activation
         self.residual = residual
         self.tile, self.budget = tile, budget
         tiled = tile is not None or budget is not None
@@ -172,9 +177,8 @@ class FusedBlock(nn.Module):
 
     def _by_tiles(self, x: Tensor) -> Tensor:
         tile, (height, width) = self.tile_for(x), self._out_size(x)
-        y = x.new_empty(x.shape[0], self.project.weight.shape[0], height, width)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        y: Tensor | None = None
         for n in range(0, x.shape[0], tile.samples):
             for top, bottom, rows, above, below in self._spans(0, height, tile.height, x.shape[2]):
                 for left, right, columns, before, after in self._spans(1, width, tile.width, x.shape[3]):
@@ -184,8 +188,15 @@ class FusedBlock(nn.Module):
                     out = self._hidden(h, tile.chunk, pads)
                     if self.residual:
                         out = out + source[:, :, top:bottom, left:right]
+                    if y is None:
+                        shape = (x.shape[0], out.shape[1], height, width)
+                        y = torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=layout)
                     y[n : n + tile.samples, :, top:bottom, left:right] = out
-        return y
+        return self._hidden(self._before(x, None), None, None) if y is None else y
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        return f"residual={self.residual}, tile={self.tile}, budget={self.budget}"
 
     def _spans(self, axis: int, outputs: int, step: int, inputs: int) -> Iterator[tuple[int, int, slice, int, int]]:
         """Along an axis: outputs [start, stop), the inputs there are, and the zeros that the border adds."""
