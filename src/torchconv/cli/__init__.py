@@ -37,9 +37,9 @@ def _global(
 
 
 def _register() -> None:
-    from torchconv.cli import bench, catalogue, claims, compare, export, inspect, merge, swap
+    from torchconv.cli import bench, catalogue, claims, compare, export, factorise, inspect, merge, swap
 
-    for module in (compare, inspect, swap, merge, export, catalogue, claims, bench):
+    for module in (compare, inspect, swap, merge, factorise, export, catalogue, claims, bench):
         module.register(app)
 
 

@@ -66,7 +66,13 @@ ACTIVATIONS = (
     nn.Softplus,
     nn.Hardswish,
 )
-_PASSED_OVER = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+PASSED_OVER = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """One of PyTorch's activations, or another library's of the same name and without parameters (timm's GELU)."""
+    named = type(module).__name__ in {a.__name__ for a in ACTIVATIONS}
+    return isinstance(module, ACTIVATIONS) or (named and not list(module.parameters()))
 
 
 def fit_closed_form(features: Tensor, targets: Tensor, ridge: float = 0.0) -> Tensor:
@@ -280,7 +286,7 @@ def bundle(stack: nn.Module) -> nn.Sequential:
     offset: Tensor | None = None
     like = torch.empty(0)
     for module in _flat(stack):
-        if isinstance(module, _PASSED_OVER):
+        if isinstance(module, PASSED_OVER):
             continue
         if isinstance(module, nn.Linear):
             weight, bias = module.weight.double(), module.bias.double() if module.bias is not None else None
@@ -348,7 +354,7 @@ def to_snnk(
     """
     check_positive("num_features", num_features)
     layers: list[nn.Module] = []
-    modules = [m for m in _flat(stack) if not isinstance(m, _PASSED_OVER)]
+    modules = [m for m in _flat(stack) if not isinstance(m, PASSED_OVER)]
     truth, own = inputs, inputs
     position = 0
     while position < len(modules):
@@ -358,7 +364,7 @@ def to_snnk(
             raise ValueError(f"stack: {type(linear).__name__}: {remedy}")
         activation = modules[position + 1] if position + 1 < len(modules) else None
         truth = None if truth is None else linear(truth)
-        if isinstance(activation, ACTIVATIONS):
+        if activation is not None and is_activation(activation):
             truth = None if truth is None else activation(truth)
             width, bias = linear.in_features, linear.bias is not None
             options: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}

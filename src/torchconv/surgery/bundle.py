@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchconv._common import check, check_positive
-from torchconv.ops.snnk import ACTIVATIONS, fit_closed_form, to_snnk
+from torchconv.ops.snnk import PASSED_OVER, fit_closed_form, is_activation, to_snnk
 from torchconv.surgery._layers import Where, chosen, distance, exchange
 from torchconv.surgery._probe import difference, make_up, run
 from torchconv.surgery.structure import Edit, has_hooks, note, put, verb
 
-PASSED_OVER = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 SAME, ROWS, HELD_OUT = 1e-5, 10_000, 0.2
 
 
@@ -229,7 +228,7 @@ def _kind(module: nn.Module) -> str:
     plain = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
     if plain is nn.Linear:
         return "linear"
-    if isinstance(module, ACTIVATIONS):
+    if is_activation(module):
         return "activation"
     return "passed over" if isinstance(module, PASSED_OVER) else ""
 

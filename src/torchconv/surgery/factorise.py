@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchconv._common import check, check_choice, did_you_mean
 from torchconv.ops._common import CONV
-from torchconv.ops._factored import EXECUTIONS, pass_macs
+from torchconv.ops._factored import EXECUTIONS
 from torchconv.ops.apriori import FORMS, APrioriConv, APrioriConv1d, APrioriConv2d, APrioriConv3d
 from torchconv.ops.factorise import choose_rank, factorise_kernel
 from torchconv.surgery._layers import Where, convolutions, distance, inputs_of
@@ -165,9 +165,13 @@ def factorise(
             made[path] = _fit(conv, wish, energy, form, force, execute)
         except ValueError as error:
             kept[path] = str(error)
+    inputs = inputs_of(copy.deepcopy(model).eval(), made, example) if example is not None else {}
+    if example is not None:
+        idle = [path for path in made if path not in inputs]
+        kept |= dict.fromkeys(idle, "the example does not pass through it; another module may read its weight")
+        made = {path: layer for path, layer in made.items() if path in inputs}
     reasons = "; ".join(f"{p}: {why}" for p, why in kept.items()) or f"where={where!r} matches no convolution"
     check(bool(made), "form", form, f"no layer was factorised ({reasons})")
-    inputs = inputs_of(copy.deepcopy(model).eval(), made, example) if example is not None else {}
     layers = [_judge(path, new.get_submodule(path), layer, inputs.get(path)) for path, layer in made.items()]
     edits: list[Edit] = []
     for path, layer in made.items():
@@ -259,10 +263,9 @@ def _fit(
         raise ValueError(
             f"{form} of rank {found.rank} holds {found.parameters:,} numbers, the kernel {found.dense_parameters:,}"
         )
-    if execute is None:
-        fewer = form != "per_pair" and pass_macs(found.factors, form, groups) < weight.numel()
-        execute = "factored" if fewer else "dense"
-    layer = _like(conv, form=form, rank=found.rank, execute=execute)
+    layer = _like(conv, form=form, rank=found.rank, execute=execute or "dense")
+    if execute is None and form != "per_pair":
+        layer.execute = _cheaper(conv, layer)
     with torch.no_grad():
         for name, factor in layer.factors().items():
             factor.copy_(found.factors[name])
@@ -270,6 +273,15 @@ def _fit(
             layer.bias.copy_(conv.bias)
     layer.factorisation_error = found.error
     return layer
+
+
+def _cheaper(conv: Any, layer: APrioriConv) -> str:
+    """ "factored" where passes need fewer multiply-adds than the dense kernel on a map of some size, else "dense"."""
+    sides = [16 * s + d * (k - 1) for s, d, k in zip(conv.stride, conv.dilation, conv.kernel_size, strict=True)]
+    x = torch.empty(1, conv.in_channels, *sides, device="meta")
+    passes = _like(conv, form=layer.form, rank=layer.rank, execute="factored").to("meta", torch.float32)
+    (_, dense), (_, factored) = (_counted(m, x) for m in (_bare(conv).to("meta", torch.float32), passes))
+    return "factored" if factored < dense else "dense"
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchconv._common import check
+from torchconv._common import check, check_choice
 from torchconv.catalog import Part, load, operator
 from torchconv.ops import as_conv
 from torchconv.ops._common import CONV, resolve_padding
 from torchconv.ops.roles import options_of
+from torchconv.surgery._budget import FREE, TOLERANCE, left_out, nearest
 from torchconv.surgery._layers import Where, convolutions
 from torchconv.surgery._probe import difference, run
 from torchconv.surgery.structure import Edit, note, put, verb
@@ -45,11 +46,13 @@ class SwapReport:
         layers: those replaced.
         kept: path → why a layer that was asked for could not be replaced.
         difference: of the network's output on ``example``, relative to the largest value; None without one.
+        parameters: of the network, before and after.
     """
 
     layers: list[SwappedLayer] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     difference: float | None = None
+    parameters: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         count = {t: sum(row.transfer == t for row in self.layers) for t in ("exact", "approximate", "fresh")}
@@ -60,6 +63,8 @@ class SwapReport:
             for row in self.layers
         ]
         lines += [f"  {path}: kept, {why}" for path, why in self.kept.items()]
+        before, after = self.parameters
+        lines.append(f"parameters: {before:,} → {after:,} ({after / max(before, 1) - 1:+.1%})")
         if self.difference is not None:
             lines.append(f"output differs by {self.difference:.2e} of its largest value on the example")
         return "\n".join(lines)
@@ -71,7 +76,8 @@ def swap(
     *,
     where: Where = "spatial",
     keep_weights: bool = True,
-    example: Tensor | None = None,
+    match: str | None = None,
+    example: Any = None,
     **options: Any,
 ) -> nn.Module:
     """A copy of ``model`` with an operator in place of its convolutions.
@@ -82,6 +88,11 @@ def swap(
         where: "all", "spatial" (kernels larger than 1, the stem excepted), "depthwise", "pointwise", "stem" (the first
             convolution), a pattern for names ("stages.2.*"), or a predicate of name and module.
         keep_weights: carry the old weights over where there is a way to; otherwise start afresh.
+        match: "params" keeps the network's number of parameters within 2 %. Where the operator has a capacity that is
+            free to choose (``kernel_count`` of dcls, ``rank`` of apriori, ``width`` of adknet, ``n_layers`` of shallow,
+            ``num_features`` of snnk, ``hidden`` of terminator) and that ``options`` leaves open, every layer gets the
+            one at which it is as large as the convolution was. What then is still beyond the budget stays a
+            convolution, the layers that change most first.
         example: an input; with it the report has the difference of the outputs.
         options: of the operator's constructor.
 
@@ -89,35 +100,84 @@ def swap(
         The new network; ``swap_report`` on it is the :class:`SwapReport`.
 
     Raises:
-        ValueError: an unknown operator or option, or nothing to replace (with the reason for each candidate).
+        ValueError: an unknown operator or option, nothing to replace (with the reason for each candidate), or a budget
+            that no layer can be replaced within (with what was reachable).
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        >>> new = swap(net, "dcls", kernel_size=7, match="params")
+        >>> new[2].weight.shape, new.swap_report.parameters
+        (torch.Size([8, 8, 3]), (808, 808))
     """
     announced = operator(to)
+    if match is not None:
+        check_choice("match", match, ("params",))
     new = copy.deepcopy(model)
     chosen = convolutions(new, where)
-    layers: list[SwappedLayer] = []
+    swapped: dict[str, tuple[SwappedLayer, nn.Module, Edit]] = {}
+    changes: dict[str, int] = {}
     kept: dict[str, str] = {}
-    edits: list[Edit] = []
-    for path, conv in chosen.items():
+    # For a budget the largest first, so that smaller ones make up for what larger ones miss.
+    order = sorted(chosen, key=lambda path: -_count(chosen[path])) if match else list(chosen)
+    for path in order:
+        conv = chosen[path]
         try:
             edit: Edit = {"verb": "swap", "path": path, "to": to, "settings": _settings(announced, conv, options)}
+            if match and to in FREE and FREE[to] not in options:
+                _fit(conv, edit, FREE[to], _count(conv) - sum(changes.values()))
             made = _build(conv, edit).to(conv.weight.device, conv.weight.dtype).train(conv.training)
             if keep_weights:
                 _carry_over(to, conv, made)
-            layers.append(_judge(path, conv, made, keep_weights))
+            swapped[path] = _judge(path, conv, made, keep_weights), made, edit
+            changes[path] = _count(made) - _count(conv)
         except ValueError as error:
             kept[path] = str(error)
-            continue
-        put(new, path, made)
-        edits.append(edit)
     reasons = "; ".join(f"{p}: {why}" for p, why in kept.items()) or f"where={where!r} matches no convolution"
-    check(bool(layers), "to", to, f"no layer could be replaced ({reasons})")
+    check(bool(swapped), "to", to, f"no layer could be replaced ({reasons})")
+    if match:
+        for path in left_out(changes, TOLERANCE * _count(model)):
+            del swapped[path]
+            kept[path] = f"its {changes[path]:+,} parameters would leave the budget"
+        if not swapped:
+            raise ValueError(_unreachable(to, changes, _count(model)))
+    for path in chosen:
+        if path in swapped:
+            put(new, path, swapped[path][1])
     apart = None
     if example is not None:
         before, after = (run(copy.deepcopy(m).eval(), example) for m in (model, new))
         apart = difference(after, before)
-    new.swap_report = SwapReport(layers, kept, apart)  # type: ignore[assignment]
-    note(new, model, edits)
+    rows = [swapped[path] for path in chosen if path in swapped]
+    report = SwapReport([row for row, _, _ in rows], kept, apart, (_count(model), _count(new)))
+    new.swap_report = report  # type: ignore[assignment]
+    note(new, model, [edit for _, _, edit in rows])
     return new
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _fit(conv: Any, edit: Edit, option: str, target: int) -> None:
+    """Set the free option so that the operator has nearly ``target`` parameters."""
+
+    def count(size: int) -> int:
+        with torch.device("meta"):
+            return _count(_build(conv, {**edit, "settings": {**edit["settings"], option: size}}))
+
+    size = nearest(count, target, conv.groups if edit["to"] == "apriori" else 1)
+    if size is not None:
+        edit["settings"][option] = size
+
+
+def _unreachable(to: str, changes: dict[str, int], before: int) -> str:
+    total, closest = before + sum(changes.values()), min(changes, key=lambda path: abs(changes[path]))
+    one = before + changes[closest]
+    return (
+        f"match='params': {to} cannot take a layer's place within {TOLERANCE:.0%} of {before:,} parameters; all layers "
+        f"give {total:,} ({total / before - 1:+.1%}), {closest} alone {one:,} ({one / before - 1:+.1%}). "
+        "Leave match out, or choose other options or another where"
+    )
 
 
 @verb("swap")
@@ -194,20 +254,21 @@ def _weighted(conv: Any, made: Any) -> None:
 
 
 def _positions(conv: Any, made: Any) -> None:
-    """A weight on the place of every tap, the rest without weight."""
+    """A weight on the place of every tap, the rest without weight; with fewer weights, on the largest taps."""
     sizes, dilations = conv.kernel_size, conv.dilation
-    taps = torch.Size(sizes).numel()
-    if made.weight.shape[-1] < taps or any(
-        s < d * (k - 1) + 1 for s, k, d in zip(made.size, sizes, dilations, strict=True)
-    ):
+    if any(s < d * (k - 1) + 1 for s, k, d in zip(made.size, sizes, dilations, strict=True)):
         return
+    taps = torch.Size(sizes).numel()
+    count = min(taps, made.weight.shape[-1])
+    weight = conv.weight.flatten(2)
+    chosen = weight.abs().topk(count).indices.sort().values if count < taps else torch.arange(taps).expand_as(weight)
     made.weight.zero_()
-    made.weight[..., :taps] = conv.weight.flatten(2)
-    places = itertools.product(*(range(k) for k in sizes))
-    for number, place in enumerate(places):
-        for axis, (t, k, d, s) in enumerate(zip(place, sizes, dilations, made.size, strict=True)):
-            # "same" padding aligns the kernels' middles (k − 1) // 2; positions count from ⌊S / 2⌋.
-            made.P[axis, ..., number] = d * t - d * (k - 1) // 2 + (s - 1) // 2 - s // 2
+    made.weight[..., :count] = weight.gather(-1, chosen.to(weight.device))
+    places = torch.tensor(list(itertools.product(*(range(k) for k in sizes))), device=weight.device)
+    for axis, (k, d, s) in enumerate(zip(sizes, dilations, made.size, strict=True)):
+        # "same" padding aligns the kernels' middles (k − 1) // 2; positions count from ⌊S / 2⌋.
+        centre = d * (k - 1) // 2 - (s - 1) // 2 + s // 2
+        made.P[axis, ..., :count] = (d * places[:, axis] - centre)[chosen.to(weight.device)].to(made.P.dtype)
     _copy_bias(conv, made)
 
 
