@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchconv.analysis import patternnet as lib
 from torchconv.analysis._patternnet_geometry import aligned
 from torchconv.analysis._patternnet_section import draw_patterns, study_patterns
-from torchconv.analysis._patternnet_sets import distinct, iou, pack
+from torchconv.analysis._patternnet_sets import distinct, pack
 from torchconv.analysis.inspection import inspect_model, write_report
 from torchconv.analysis.patternnet import Geometry, PatternNetHead, receptive_field
 
@@ -224,7 +224,7 @@ def test_overlapping_sets_are_dropped() -> None:
     assert distinct(boxes, at >= 0, 0.5) == [0, 2, 3]  # 1 lies on 0; 3 is mostly absent
     assert distinct(boxes, at >= 0, 0.0) == [0]
     one, two = torch.tensor([0.0, 0.0, 3.0, 3.0]), torch.tensor([2.0, 0.0, 5.0, 3.0])
-    assert iou(one, two).item() == pytest.approx(8 / 24)
+    assert lib.iou(one, two).item() == pytest.approx(8 / 24)
 
 
 def test_maps_read_from_a_network_are_those_in_memory() -> None:
@@ -244,6 +244,23 @@ def test_maps_read_from_a_network_are_those_in_memory() -> None:
     assert kept._kept
     assert not fresh._kept
     assert net.training
+
+
+def test_proposals_are_the_best_regions_without_overlaps() -> None:
+    x = torch.zeros(2, 3, 6, 6)
+    x[0, :2, 0:2, 0:3] = 2.0  # two filters fire on six cells, and again, weaker, on one
+    x[0, :2, 5, 5] = 3.0
+    x[0, 2, 0:2, 0:2] = 1.0  # a third one on a part of the first region
+    patterns = [lib.Pattern((2,), 0, 1), lib.Pattern((0, 1), 0, 2)]
+    mining = lib.Mining(patterns, torch.full((3,), 0.5))
+    first, second = lib.propose(x, mining, Geometry(4, 8, 2), max_overlap=0.4)
+    assert first.boxes.tolist() == [[-1.5, -1.5, 13.5, 9.5]]  # cells 0..2 and 0..1, half a box around them
+    assert first.scores.tolist() == [12]
+    assert first.patterns.tolist() == [1]
+    assert second.boxes.shape == (0, 4)
+    assert len(lib.propose(x, mining, Geometry(4, 8, 2), max_overlap=0.9)[0].boxes) == 2
+    with pytest.raises(ValueError, match="max_overlap="):
+        lib.propose(x, mining, max_overlap=2)
 
 
 # -- geometry ----------------------------------------------------------------------------------------------------------
@@ -304,6 +321,16 @@ def test_known_networks() -> None:
         alexnet, vgg = torchvision.models.alexnet().features, torchvision.models.vgg16().features
     assert receptive_field(alexnet, x, "11") == Geometry(16, 163, 15)
     assert receptive_field(vgg, x, "29") == Geometry(16, 196, 7.5)
+
+
+def test_arithmetic_agrees_with_the_measured_fields() -> None:
+    from torchconv.analysis._filters_size import receptive_fields
+
+    net = nn.Sequential(nn.Conv2d(1, 2, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(2, 2, 3, dilation=2))
+    measured = receptive_fields(net, (1, 96, 96))["3"]
+    found = receptive_field(net, torch.rand(1, 1, 96, 96))
+    assert not measured.clipped
+    assert (measured.size[0], measured.jump[0]) == (found.receptive_field, found.stride)
 
 
 def test_reach_that_is_not_known_is_refused() -> None:

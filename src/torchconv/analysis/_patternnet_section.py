@@ -205,9 +205,12 @@ def draw_patterns(
 
     at = Mining(list(patterns), found.mining.thresholds).locate(found.maps, found.geometry)
     truth = labels.cpu()[found.rest]
+    called = [f"{n}\n" + ", ".join(map(str, p.filters)) for n, p in zip(names, patterns, strict=True)]
+    margin = 0.2 + 0.07 * max(len(line) for text in called for line in text.split("\n"))  # inches, for 8 points
     height, width = images.shape[2:]
     step_x, step_y = 1.06 * width, 1.06 * height
-    figure = Figure(figsize=(1.25 * COLUMNS + 1, 1.25 * len(patterns) * height / width + 0.1), layout="constrained")
+    figure = Figure(figsize=(margin + 1.25 * COLUMNS, 1.25 * len(patterns) * height / width))
+    figure.subplots_adjust(margin / (margin + 1.25 * COLUMNS), 0, 1, 1)
     axes: Any = figure.subplots()
     for i, pattern in enumerate(patterns):
         own = at.score[:, i] * (truth == found.classes[pattern.label])
@@ -221,8 +224,7 @@ def draw_patterns(
             high = torch.minimum(at.box[row, i, 2:] + 0.5, torch.tensor([width - 0.5, height - 0.5]))
             x, y = (low + 0.5).tolist()
             axes.add_patch(Rectangle((left + x, top + y), *(high - low).tolist(), fill=False, lw=2, ec="#00e5ff"))
-    labels_shown = [f"{n}\n" + ", ".join(map(str, p.filters)) for n, p in zip(names, patterns, strict=True)]
-    axes.set_yticks([(i + 0.5) * step_y for i in range(len(patterns))], labels_shown, fontsize=8)
+    axes.set_yticks([(i + 0.5) * step_y for i in range(len(patterns))], called, fontsize=8)
     axes.set(xticks=[], xlim=(0, COLUMNS * step_x), ylim=(len(patterns) * step_y, 0))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

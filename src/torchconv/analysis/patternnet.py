@@ -32,8 +32,9 @@ from torchconv.analysis._patternnet_mining import (
     largest_responses,
     mine_patterns,
 )
+from torchconv.analysis._patternnet_regions import Proposals, propose
 from torchconv.analysis._patternnet_section import Study, draw_patterns, section, study_patterns
-from torchconv.analysis._patternnet_sets import frequent_sets
+from torchconv.analysis._patternnet_sets import frequent_sets, iou
 
 __all__ = [
     "FeatureMaps",
@@ -42,6 +43,7 @@ __all__ = [
     "Mining",
     "Pattern",
     "PatternNetHead",
+    "Proposals",
     "Study",
     "bag_of_patterns",
     "basic_patterns",
@@ -52,9 +54,11 @@ __all__ = [
     "draw_patterns",
     "fit_head",
     "frequent_sets",
+    "iou",
     "largest_responses",
     "locate",
     "mine_patterns",
+    "propose",
     "receptive_field",
     "respond",
     "section",
