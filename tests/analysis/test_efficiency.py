@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchconv.analysis import efficiency
+from torchconv.analysis import _waterline_kernels, efficiency
 from torchconv.analysis.ceiling import cache_bytes
 from torchconv.analysis.count import count
 from torchconv.analysis.efficiency import Timed, block_times, blocks_of, efficiency_gap, gap_figure, section, timed
@@ -229,6 +229,22 @@ def test_section_joins_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [p.name for p in found.pictures] == ["efficiency", "gap", "waterline"]
     (axes,) = found.pictures[2].figure.axes
     assert len(axes.patches) == 7
+    with pytest.raises(ValueError, match="no parts"):
+        section(nn.ReLU(), torch.zeros(1, 1, 2, 2))
+
+
+def test_the_machine_is_measured_where_the_inputs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, torch.dtype]] = []
+
+    def fake(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
+        asked.append((device, dtype))
+        return {"gflops": 100.0, "gbs": 10.0, "ridge": 10.0}
+
+    monkeypatch.setattr(_waterline_kernels, "ceiling", fake)
+    conv = nn.Conv2d(1, 1, 1)
+    assert waterline(conv.bfloat16(), torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)).machine.waterline == 10
+    assert waterline(conv.to("meta"), meta(1, 1, 2, 2).bfloat16()).machine.ops == 1e11
+    assert asked == [("cpu", torch.bfloat16), ("cpu", torch.float32)]
 
 
 def test_cache_is_known_or_not() -> None:

@@ -115,7 +115,7 @@ def gap_figure(rows: Sequence[dict[str, Any]]) -> Any:
         axes.plot(row["ideal"], height, "o", markerfacecolor="white", color=color)
         axes.plot(row["measured"], height, "o", color=color)
         if graded:
-            axes.annotate(row["name"], (row["measured"], height), (4, 3), textcoords="offset points", fontsize=8)
+            axes.annotate(row["name"], (row["ideal"], height), (6, 3), textcoords="offset points", fontsize=8)
     if graded:
         axes.set(ylabel="accuracy")
     else:
@@ -212,8 +212,12 @@ def section(model: nn.Module, x: Tensor) -> Section:
     Args:
         model: in eval mode.
         x: the input that is timed, on the CPU or a CUDA device.
+
+    Raises:
+        ValueError: the model has no parts that run, or ``x`` is on another device.
     """
     names = blocks_of(model)
+    check(bool(names), "model", type(model).__name__, "has no parts whose time could be told apart")
     times, counts, ran = block_times(model, x), count(model, x), trace(model, x)
     machine = Machine.measured(str(x.device), x.dtype)
     rows = [

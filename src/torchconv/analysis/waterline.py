@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchconv._common import check, require
 from torchconv.analysis._waterline_kernels import Kernel, Machine, block_kernels, conv2d_stats, fuse
@@ -151,7 +151,7 @@ def waterline(
     Args:
         what: any module, or kernels.
         inputs: what the module is called with; on the meta device nothing is computed.
-        machine: the one at hand, measured, by default.
+        machine: the one at hand by default, measured on the device and in the type of the inputs.
         blocks: names of modules that run as one kernel: bytes only for what enters and leaves, and weights.
         eager: also count norms, activations, additions and copies as kernels that read and write their tensors.
         measured: seconds that it took.
@@ -170,4 +170,9 @@ def waterline(
     else:
         check(not inputs and not blocks, "inputs", inputs, "kernels take no inputs and no blocks")
         kernels = list(what)
-    return Waterline(tuple(kernels), machine or Machine.measured(), measured)
+    return Waterline(tuple(kernels), machine or _at_hand(inputs), measured)
+
+
+def _at_hand(inputs: tuple[Any, ...]) -> Machine:
+    like = next((t for t in inputs if isinstance(t, Tensor) and t.is_floating_point() and not t.is_meta), None)
+    return Machine.measured() if like is None else Machine.measured(str(like.device), like.dtype)
