@@ -291,7 +291,7 @@ def test_merged_networks_load_in_a_fresh_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     resnet = timm.create_model("resnet10t", num_classes=3)
     networks = {
-        "whole.safetensors": create_model("inceptionnext_atto", num_classes=3),
+        "whole.safetensors": create_model("inception_next_atto", num_classes=3),
         "folded": resnet,
         "blocks.safetensors": timm.create_model("repghostnet_050", num_classes=3),
         "swapped": swap(resnet, "dcls", where="layer1.*", kernel_size=5),

@@ -96,6 +96,46 @@ def test_an_operator_of_another_shape_is_kept_out(monkeypatch: pytest.MonkeyPatc
     assert "the operator gives" in model.swap_report.kept["0"]
 
 
+@pytest.mark.parametrize(
+    ("to", "options", "replaced"),
+    [
+        ("dcls", {}, {"3": 0, "5": 0}),  # three numbers a weight: a third of the taps
+        ("dcls", {"kernel_size": 9, "version": "gauss"}, {"3": 0, "5": 0}),
+        ("apriori", {"form": "cp"}, {"3": 0, "5": 0, "6": 0}),
+        ("adknet", {}, {"5": 0}),
+        ("tunable", {"num_params": 2}, {"3": 0}),  # twice as large: only the small layer fits
+    ],
+)
+def test_an_equal_budget_of_parameters(to: str, options: dict[str, Any], replaced: dict[str, int]) -> None:
+    model = nn.Sequential(*network(), nn.Conv2d(8, 1024, 1))
+    new: Any = swap(model, to, match="params", **options)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, new))
+    assert new.swap_report.parameters == (before, after)
+    assert abs(after / before - 1) <= 0.02
+    assert {row.path for row in new.swap_report.layers} == set(replaced)
+    stay = {path for path, why in new.swap_report.kept.items() if "budget" in why}
+    assert stay | set(replaced) | {"6"} == {"3", "5", "6"}
+
+
+def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1))
+    with pytest.raises(ValueError, match=r"within 2% of 420 parameters; all layers give 2,004 .*, 1 alone 852"):
+        swap(model, "dcls", kernel_count=9, match="params")
+    with pytest.raises(ValueError, match="match='macs': choose"):
+        swap(model, "dcls", match="macs")
+
+
+def test_fewer_weights_than_taps_stand_on_the_largest() -> None:
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    with torch.no_grad():
+        conv.weight[..., 0, :] *= 1e-6
+        conv.weight[..., 2, 1:] *= 1e-6
+    new: Any = swap(nn.Sequential(conv), "dcls", where="all", kernel_count=4, version="v1")
+    assert new.swap_report.layers[0].transfer == "exact"
+    few: Any = swap(nn.Sequential(conv), "dcls", where="all", kernel_count=3, version="v1")
+    assert few.swap_report.layers[0].transfer != "exact"
+
+
 def test_selection_training_and_sharing() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), shared, nn.ReLU(), shared).train().double()
