@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torchconv.surgery._layers import Where, chosen
 from torchconv.surgery._probe import run
 
+INPUT, SUM, RELU = range(3)
+
 
 @dataclass
 class ResidualCall:
@@ -20,7 +22,7 @@ class ResidualCall:
     path: str
     x: Tensor
     version: int
-    trunk: dict[int, bool]  # id of x, and of sums with it → whether a ReLU came after
+    trunk: dict[int, int]  # id of x and of sums with it → INPUT, SUM, or RELU after a sum
     alive: list[Tensor]
     y: Tensor | None = None
     relu: bool = False
@@ -48,9 +50,9 @@ class _Watch(TorchDispatchMode):
                 continue
             plain = (kwargs or {}).get("alpha", 1) == 1
             if name == "add" and plain:
-                call.trunk[id(out)] = False
-            elif name == "relu":
-                call.trunk[id(out)] = True
+                call.trunk[id(out)] = SUM
+            elif name == "relu" and inside[0] != INPUT:
+                call.trunk[id(out)] = RELU
             call.alive.append(out)
         return out
 
@@ -65,18 +67,18 @@ def watch(model: nn.Module, example: Any) -> tuple[Any, dict[str, ResidualCall]]
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             ok = len(args) == 1 and isinstance(args[0], Tensor) and not tree_leaves(kwargs)
             x = args[0] if ok else None
-            opened.append(ResidualCall(path, x, x._version, {id(x): False}, [x]) if x is not None else None)
+            opened.append(ResidualCall(path, x, x._version, {id(x): INPUT}, [x]) if x is not None else None)
 
         return hook
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         call = opened.pop()
-        if call is None or not isinstance(out, Tensor) or id(out) not in call.trunk or out is call.x:
+        if call is None or not isinstance(out, Tensor) or call.trunk.get(id(out), INPUT) == INPUT:
             return
         if call.path in calls:
             calls[call.path].times += 1
             return
-        call.y, call.relu = out, call.trunk[id(out)]
+        call.y, call.relu = out, call.trunk[id(out)] == RELU
         if call.x._version != call.version:
             call.why = "changes its input in place"
         calls[call.path] = call
