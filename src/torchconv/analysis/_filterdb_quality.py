@@ -197,7 +197,9 @@ def quality(weight: Tensor, eps: float = 0.01, min_filters: int = 9) -> LayerQua
         sparse = sparse_mask(weight, eps)
         entropy = float(variance_entropy(filters))
         clean = filters[~sparse]
-        clean_entropy = float(variance_entropy(clean)) if len(clean) else float("nan")
+        clean_entropy = entropy  # the same filters, where none is sparse
+        if len(clean) < len(filters):
+            clean_entropy = float(variance_entropy(clean)) if len(clean) else float("nan")
         values = filters.double().flatten()
         normal = (values - values.mean()) / values.std() if values.numel() > 1 else values * float("nan")
         return LayerQuality(

@@ -170,7 +170,8 @@ def receptive_fields(
         handle.remove()
     missing = [n for n in wanted if n not in outputs] if layers is not None else []
     check(not missing, "layers", missing, "gave no feature map of the input's number of axes")
-    return {name: _field(output, x, floor) for name, output in outputs.items()}
+    with torch.enable_grad():  # whatever the caller is in
+        return {name: _field(output, x, floor) for name, output in outputs.items()}
 
 
 def _says(module: nn.Module, words: tuple[str, ...]) -> bool:
