@@ -196,7 +196,9 @@ class ConvFirst(_Layers):
     keywords="MBConv inverted bottleneck mobile grouped convolution group width MobileNet EfficientNet",
 )
 class MBConv(_Layers):
-    """Expansion, activation, grouped convolution, activation, projection; arguments as of :class:`ConvFirst`.
+    """Expansion, activation, grouped convolution, activation, projection; residual where the shape stays.
+
+    Arguments and shapes are those of :class:`ConvFirst`.
 
     Raises:
         ValueError: an argument is out of range; ``group_width`` must divide the hidden channels.
@@ -241,7 +243,9 @@ class MBConv(_Layers):
     keywords="FusedMBConv dense convolution expansion EfficientNetV2",
 )
 class FusedMBConv(_Layers):
-    """Dense k × k convolution that expands, activation, projection; arguments as of :class:`ConvFirst`.
+    """Dense k × k convolution that expands, activation, projection; residual where the shape stays.
+
+    Arguments and shapes are those of :class:`ConvFirst`, without groups.
 
     Example:
         >>> import torch
