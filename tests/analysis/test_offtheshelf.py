@@ -312,10 +312,17 @@ def test_svm_refuses() -> None:
 def test_C_by_cross_validation() -> None:
     x, y = normal(60, 2), torch.arange(60) % 2
     x[:, 0] += 0.6 * y - 0.3  # large and noisy: what a small C uses
-    x[:, 1] = 0.1 * y - 0.05  # small and certain: what a large C finds
-    assert lib.choose_C(x, y, (0.001, 10_000.0)) == 10_000.0
+    x[:, 1] = 0.4 * y - 0.2  # small and certain: what a large C finds
+    assert lib.choose_C(x, y, (0.001, 30.0)) == 30.0
     assert lib.choose_C(x[:, 1:], y, (100.0, 1000.0)) == 100.0  # the smallest of equally good ones
     assert lib.choose_C(torch.stack([x, x], 1), torch.stack([y, 1 - y], 1), (1.0, 10.0), scheme="one-vs-all") in (1, 10)
+    few = (torch.arange(60) % 3 == 0).long()
+    alike = lib.unit(torch.tensor([4.0, 0]) + 0.02 * normal(60, 2) + torch.stack([0 * few, 0.6 * few - 0.3], 1))
+    answers = [lib.fit_svm(alike, few, C).predict(alike) for C in (1.0, lib.scaled_C(alike))]
+    assert answers[0].unique().tolist() == [0]  # C = 1 cannot tell apart what is nearly alike
+    assert float((answers[1] == few).double().mean()) > 0.9
+    with pytest.raises(ValueError, match="all alike"):
+        lib.scaled_C(torch.ones(3, 2))
     with pytest.raises(ValueError, match="two images of each class"):
         lib.choose_C(x[:3], y[:3])
 
@@ -369,11 +376,15 @@ def test_postprocess_keeps_what_there_is() -> None:
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(1, 60))
 def test_search_is_the_loop(n: int, p: int, m: int, r: int, block: int) -> None:
     query, reference = normal(n, p, 6, seed=n), normal(m, r, 6, seed=10 + m)
-    found = lib.spatial_search(query, reference, block=block)
+    found = lib.spatial_search(query, reference, nearest=True, block=block)
+    assert found.nearest is not None
     distances = (query[:, None, :, None] - reference[None, :, None]).norm(dim=-1)
     assert torch.allclose(found.distance, distances.amin(-1).mean(-1))
     assert torch.equal(found.nearest, distances.argmin(-1))
     assert torch.equal(found.ranking, found.distance.argsort(dim=1, stable=True))
+    without = lib.spatial_search(query, reference, block=block)
+    assert without.nearest is None
+    assert torch.equal(without.distance, found.distance)
 
 
 def test_search_identities() -> None:
@@ -490,7 +501,7 @@ def test_recognition_with_views_and_columns() -> None:
     assert ranked.metric == "mean average precision"
     assert ranked.predictions is None
     assert ranked.score.value > 0.8
-    assert ranked.svm.C in (0.01, 0.1, 1.0, 10.0, 100.0)
+    assert ranked.svm.C in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
     with pytest.raises(ValueError, match="test_labels"):
         lib.recognise(x, y, x, columns)
 
@@ -537,3 +548,22 @@ def test_section_of_the_inspection() -> None:
     assert "--data" in without.left_out["transfer"]
     with pytest.raises(ValueError, match=r"nothing could be inspected.*four images"):
         inspect_model(network(), images[:3], labels=y[:3], only=("transfer",))
+
+
+def test_a_trained_network_against_random_weights() -> None:
+    from torchconv.claims.offtheshelf import WEIGHTS, _cifar, _find, caffe, squeezenet
+
+    path, cifar = _find(WEIGHTS), _find("cifar10_lossless")
+    if path is None or cifar is None:
+        pytest.skip("needs a trained SqueezeNet and CIFAR-10 below $TORCHCONV_DATA")
+    x, y = _cifar(cifar)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:160]
+    images, labels = caffe(x[rows]), y[rows]
+    trained = squeezenet(path)
+    scores = []
+    for model in (trained, lib.random_weights(trained)):
+        z = lib.extract(model, images, size=64)
+        C = lib.scaled_C(lib.unit(z[:80]))
+        scores.append(lib.recognise(z[:80], labels[:80], z[80:], labels[80:], C=C, draws=20).score.value)
+    assert z.shape == (160, 512)
+    assert scores[0] > scores[1] + 0.15

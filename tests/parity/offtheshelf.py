@@ -61,8 +61,9 @@ def _spatial(case: Case) -> Adapted:
     def forward(inputs: dict[str, Tensor]) -> Tensors:
         found: dict[str, Tensor] = {}
         if "reference" in inputs:
-            search = lib.spatial_search(inputs["query"], inputs["reference"])
+            search = lib.spatial_search(inputs["query"], inputs["reference"], nearest=True)
             found |= {"distance": search.distance, "ranking": search.ranking}
+            assert search.nearest is not None
             found["nearest_patch"] = search.nearest
         for k, (width, height) in enumerate(config.get("image_sizes_wh", [])):
             found[f"boxes{k}"] = lib.patch_boxes(int(config.get("levels_reference", 4)), width, height)

@@ -121,12 +121,13 @@ class Retrieval:
 
     Attributes:
         distance: (queries, references).
-        nearest: (queries, references, query patches): which patch of the reference was nearest to each of the query's.
+        nearest: (queries, references, query patches): which patch of the reference was nearest to each of the query's;
+            None unless asked for.
         ranking: (queries, references): references by rising distance.
     """
 
     distance: Tensor
-    nearest: Tensor
+    nearest: Tensor | None
     ranking: Tensor
 
 
@@ -137,63 +138,63 @@ class Retrieval:
     dims=(2,),
     keywords="image retrieval instance search patches off-the-shelf features nearest patch distance",
 )
-def spatial_search(query: Tensor, reference: Tensor, *, block: int = 1 << 22) -> Retrieval:
+def spatial_search(query: Tensor, reference: Tensor, *, nearest: bool = False, block: int = 1 << 22) -> Retrieval:
     """Distance of every query image to every reference image by their patches, and the ranking.
 
         D(Q, R) = mean over the query's patches q of  min over the reference's patches r of ‖f(q) − f(r)‖
 
-    Not symmetric; with one patch each it is the plain distance. Q R p_q p_r d multiply-adds as matrix products; memory
-    beyond the result is ``block`` products at a time.
+    Not symmetric, without gradient; with one patch each it is the plain distance. Q R p_q p_r d multiply-adds as matrix
+    products; memory beyond the result is a few times ``block`` numbers.
 
     Args:
         query: (Q, D) or (Q, p_q, D), post-processed as wanted.
         reference: (R, D) or (R, p_r, D).
-        block: how many distances of patches are held at once.
+        nearest: also say which patches were nearest.
+        block: distances of the query's patches to references that are held at once.
 
     Returns:
-        Distances, nearest patches and rankings.
+        Distances and rankings, and nearest patches.
 
     Raises:
         ValueError: shapes that do not fit.
 
     Example:
         >>> reference = torch.randn(6, 5, 16)
-        >>> found = spatial_search(reference[2, 3:4][None], reference)
-        >>> int(found.ranking[0, 0]), int(found.nearest[0, 2, 0]), float(found.distance[0, 2])
-        (2, 3, 0.0)
+        >>> found = spatial_search(reference[2, 3:4][None], reference, nearest=True)
+        >>> int(found.ranking[0, 0]), found.nearest[0, 2].tolist(), float(found.distance[0, 2])
+        (2, [3], 0.0)
     """
-    query = query[:, None] if query.dim() == 2 else query
-    reference = reference[:, None] if reference.dim() == 2 else reference
+    query, reference = (x.detach()[:, None] if x.dim() == 2 else x.detach() for x in (query, reference))
     fits = query.dim() == 3 and reference.dim() == 3 and query.shape[-1] == reference.shape[-1]
     check(fits, "reference", tuple(reference.shape), f"must be (R, patches, {query.shape[-1]})")
     check_positive("block", block)
     check(reference.numel() > 0, "reference", tuple(reference.shape), "must hold at least one patch")
     (n, p, _), (m, r, _) = query.shape, reference.shape
     distance = query.new_empty(n, m)
-    nearest = torch.empty(n, m, p, dtype=torch.int64, device=query.device)
-    columns = max(1, min(m, block // (p * r)))
-    lines = max(1, block // (p * r * columns))
-    lengths = reference.square().sum(-1)
-    for i in range(0, n, lines):
-        some = query[i : i + lines]
-        own = some.square().sum(-1)
-        for j in range(0, m, columns):
-            there = reference[j : j + columns]
-            # |b|² − 2ab, for all patches b of a block of references; |a|² is the same for all of them.
-            product = torch.addmm(
-                lengths[j : j + columns].flatten(), some.flatten(0, 1), there.flatten(0, 1).T, alpha=-2
-            )
-            least, index = product.view(len(some), p, len(there), r).min(-1)
-            squared = (least + own[..., None]).clamp(min=0)
-            _exactly(squared, index, some, there, own)
+    where = torch.zeros(n, m, p, dtype=torch.int64, device=query.device) if nearest else None
+    columns = max(1, min(m, block // p))
+    lines = max(1, block // (p * columns))
+    for j in range(0, m, columns):
+        there = reference[j : j + columns]
+        lengths = torch.linalg.vector_norm(there, dim=-1).square()
+        for i in range(0, n, lines):
+            some = query[i : i + lines]
+            rows = some.flatten(0, 1)
+            least = rows.new_full((len(rows), len(there)), torch.inf)
+            for k in range(r):  # one patch of all references at a time: |b|² − 2ab; |a|² is the same for all of them
+                product = torch.addmm(lengths[:, k], rows, there[:, k].T, alpha=-2)
+                if where is not None:
+                    closer = (product < least).view(len(some), p, -1).transpose(1, 2)
+                    where[i : i + lines, j : j + columns].masked_fill_(closer, k)
+                torch.minimum(least, product, out=least)
+            squared = least.view(len(some), p, -1) + some.square().sum(-1, keepdim=True)
+            _exactly(squared.clamp_(min=0), some, there)
             distance[i : i + lines, j : j + columns] = squared.sqrt().mean(1)
-            nearest[i : i + lines, j : j + columns] = index.transpose(1, 2)
-    return Retrieval(distance, nearest, distance.argsort(dim=-1, stable=True))
+    return Retrieval(distance, where, distance.argsort(dim=-1, stable=True))
 
 
-def _exactly(squared: Tensor, index: Tensor, query: Tensor, reference: Tensor, lengths: Tensor) -> None:
+def _exactly(squared: Tensor, query: Tensor, reference: Tensor) -> None:
     """Differences instead of products where patches are so near that the products cancel; in place."""
-    a, b, c = (squared < 1e-3 * lengths[..., None]).nonzero(as_tuple=True)
-    for part_ in torch.arange(len(a), device=a.device).split(_ROWS):
-        x, y, z = a[part_], b[part_], c[part_]
-        squared[x, y, z] = (query[x, y] - reference[z, index[x, y, z]]).square().sum(-1)
+    near = (squared < 1e-3 * query.square().sum(-1, keepdim=True)).nonzero()
+    for x, y, z in (part_.unbind(1) for part_ in near.split(max(1, _ROWS // reference.shape[1]))):
+        squared[x, y, z] = (query[x, y][:, None] - reference[z]).square().sum(-1).amin(-1)

@@ -15,7 +15,7 @@ from torchconv.analysis._offtheshelf_metrics import average_precision, mean_clas
 SCHEMES = ("one-vs-one", "one-vs-all")
 LOSSES = ("hinge", "squared_hinge")
 TIES = ("lowest", "margin")
-GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
+GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,28 @@ class _Solver:
         return weight, bias, objective
 
 
+def scaled_C(x: Tensor) -> float:
+    """A C that suits features without validation: one over their variance, the mean of ‖f − mean f‖².
+
+    The normalised features of some networks (of untrained ones above all) are nearly alike, and a machine with C = 1
+    then gives one answer for all images; with this C features of different networks can be compared.
+
+    Args:
+        x: (N, D) or (N, V, D) normalised features of the training images.
+
+    Raises:
+        ValueError: features that are all alike.
+
+    Example:
+        >>> scaled_C(torch.tensor([[1.0, 0.1], [1.0, -0.1]]))
+        100.0
+    """
+    rows = x.detach().flatten(0, -2).double()
+    variance = float((rows - rows.mean(0)).square().sum(1).mean())
+    check(variance > 0, "x", "all alike", "features without variance tell nothing apart")
+    return round(1 / variance, 6)
+
+
 def choose_C(
     x: Tensor,
     labels: Tensor,
@@ -208,13 +230,14 @@ def choose_C(
     """
     check(len(grid) > 0, "grid", grid, "give at least one value")
     check_positive("folds", folds)
+    x, labels = x.detach().cpu(), labels.cpu()
     selection = require("sklearn.model_selection", "compare")
     exclusive = labels.dim() == 1
     smallest = int(labels.unique(return_counts=True)[1].min()) if exclusive else len(labels)
     count = min(folds, smallest)
     check(count > 1, "folds", count, "cross-validation needs two folds and two images of each class")
     kind = selection.StratifiedKFold if exclusive else selection.KFold
-    splits = list(kind(count, shuffle=True, random_state=seed).split(x.cpu().numpy(), labels.cpu().numpy()))
+    splits = list(kind(count, shuffle=True, random_state=seed).split(x.numpy(), labels.numpy()))
     scores = []
     for value in sorted(grid):
         total = 0.0

@@ -13,6 +13,7 @@ for the SVMs. No parameter of the network is trained.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torchconv.analysis._offtheshelf_metrics import (
 )
 from torchconv.analysis._offtheshelf_recognition import Recognition, Shots, few_shot, recognise
 from torchconv.analysis._offtheshelf_retrieval import Postprocess, Retrieval, spatial_search
-from torchconv.analysis._offtheshelf_svm import LinearSVM, choose_C, fit_svm
+from torchconv.analysis._offtheshelf_svm import LinearSVM, choose_C, fit_svm, scaled_C
 from torchconv.analysis._offtheshelf_views import (
     View,
     crop_boxes,
@@ -68,6 +69,7 @@ __all__ = [
     "ranking_precision",
     "recognise",
     "rotate",
+    "scaled_C",
     "section",
     "signed_power",
     "sixteen_views",
@@ -143,10 +145,11 @@ def section(model: nn.Module, images: Tensor, labels: Tensor, *, draws: int = 10
     scores, curves = {}, {}
     for name, x in kinds.items():
         x = x.cpu()
-        scores[name] = recognise(x[train], labels[train], x[test], labels[test], seed=seed).score
-        curves[name] = few_shot(
-            x[train], labels[train], x[test], labels[test], draws=draws, scheme="one-vs-all", seed=seed
-        )
+        C, sets = scaled_C(unit(x[train])), (x[train], labels[train], x[test], labels[test])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Liblinear")  # the last digits of a machine do not change a share
+            scores[name] = recognise(*sets, C=C, seed=seed).score
+            curves[name] = few_shot(*sets, C=C, draws=draws, scheme="one-vs-all", seed=seed)
     own, others = scores[TRAINED], [scores[UNTRAINED], scores[PIXELS]]
     bar = max(others, key=lambda found: found.value)
     level = "good" if own.low > bar.high else "bad" if own.value <= bar.value else "note"
@@ -156,9 +159,10 @@ def section(model: nn.Module, images: Tensor, labels: Tensor, *, draws: int = 10
         verdict=f"A linear SVM on the frozen features tells the {len(usable)} classes apart with {own.value:.1%} "
         f"accuracy [{own.low:.1%}, {own.high:.1%}]; with random weights {others[0].value:.1%}, with pixels "
         f"{others[1].value:.1%} ({len(train)} training, {len(test)} test images).",
-        reading="What the classifier would get is read, normalised, and given to linear SVMs; the network is not "
-        "trained further. The distance to the same network with random weights is what its training is worth for these "
-        "classes; pixels say how hard they are. A curve that is high on its left needs few labels (arXiv 1403.6382).",
+        reading="What the classifier would get is read, normalised, and given to linear SVMs (C: one over the variance "
+        "of the features); the network is not trained further. The distance to the same network with random weights is "
+        "what its training is worth for these classes; pixels say how hard they are. A curve that is high on its left "
+        "needs few labels (arXiv 1403.6382).",
         level=level,
         tables={
             "accuracy": [
