@@ -10,13 +10,16 @@ import typer
 
 
 def swap(
-    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder.")],
+    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder or file.")],
     to: Annotated[str, typer.Option(help="Operator with options, as in dcls:kernel_size=9.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for config.json and model.safetensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or file OUT.safetensors, to save to.")],
     where: Annotated[
         str, typer.Option(help="all, spatial, depthwise, pointwise, stem, or a pattern for names.")
     ] = "spatial",
     keep_weights: Annotated[bool, typer.Option(help="Carry weights over where there is a way to.")] = True,
+    match: Annotated[
+        str | None, typer.Option(help="params: as many parameters as before, within 2 %, by the operator's free size.")
+    ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side of the noise image that outputs are compared on.")] = 64,
 ) -> None:
     """Put an operator in place of a network's convolutions and save the result.
@@ -27,11 +30,11 @@ def swap(
 
       torchconv swap timm:convnext_atto --to unireplknet:kernel_size=13 --where depthwise -o large
 
+      torchconv swap timm:resnet18 --to dcls:kernel_size=7 --match params -o resnet18-dcls.safetensors
+
       torchconv swap trained/ --to apriori:rank=8 --where "layer4.*" -o factored
     """
-    import torch
-    from torch import nn
-
+    from torchconv.cli._network import costs, noise_for
     from torchconv.surgery import swap as carry_out
     from torchconv.weights import open_model, save
 
@@ -44,11 +47,15 @@ def swap(
         except (ValueError, SyntaxError):
             options[name] = value
     network = open_model(model)
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    example = torch.randn(1, first.in_channels, size, size) if first is not None else None
-    changed = carry_out(network, op, where=where, keep_weights=keep_weights, example=example, **options)
+    try:
+        x = noise_for(network, size)
+    except ValueError:  # layers are compared one by one all the same
+        x = None
+    changed = carry_out(network, op, where=where, keep_weights=keep_weights, match=match, example=x, **options)
     save(changed, out)
     typer.echo(str(changed.swap_report))
+    if x is not None:
+        typer.echo(costs(network, changed, x))
     typer.echo(f"saved: {out}")
 
 
