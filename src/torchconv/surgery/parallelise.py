@@ -10,8 +10,10 @@ For blocks y = x + f(x), F_i is f_i. A block that ends in a ReLU after the sum, 
 max(f_i(x), −x) for x ≥ 0: it is used as it is, and the ReLU is applied once more to the truncated sum, which moves it
 no further from the stack's output (that is non-negative, and ReLU is the projection on what is).
 
-Exact: one block; order 2 of two linear blocks; any order where the F_i vanish. Everything else is an approximation, of
-error O(ε²) and O(ε³) for residuals of size ε; in trained networks residuals are not small. The error is measured.
+Exact: one block; order 2 of two linear blocks; any order where the F_i vanish. Everything else is an approximation: for
+residuals of size ε of error O(ε²) at order 1 and O(ε³) at order 2 where blocks are smooth; with a ReLU after the sum O(ε)
+at either, because x is zero, on the kink, in many places. In trained networks residuals are not small at all. So the
+error is measured, and reported.
 """
 
 from __future__ import annotations
