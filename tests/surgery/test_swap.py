@@ -71,6 +71,16 @@ def test_fresh_and_approximate() -> None:
     assert "fresh" in str(gate.swap_report)
 
 
+def test_sizes_asked_for_are_kept_and_larger_kernels_find_room() -> None:
+    large = nn.Sequential(nn.Conv2d(3, 4, 7, padding=3), nn.Conv2d(4, 4, 3, padding=1))
+    new: Any = swap(large, "dcls", where="all")
+    assert [row.transfer for row in new.swap_report.layers] == ["exact", "exact"]
+    assert (new[0].kernel_size, new[1].kernel_size) == ((7, 7), (5, 5))
+    wide: Any = swap(large, "dcls", where="1", kernel_size=9)
+    assert wide[1].kernel_size == (9, 9)
+    assert wide.swap_report.layers[0].transfer == "exact"
+
+
 def test_what_cannot_be_replaced_is_named() -> None:
     model: Any = swap(network(), "dcls", where="all")
     assert "dilation" in model.swap_report.kept["6"]

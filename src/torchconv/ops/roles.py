@@ -67,6 +67,7 @@ def as_conv(
     in_channels: int,
     out_channels: int,
     kernel_size: Size = 3,
+    /,
     stride: Size = 1,
     ndim: int = 2,
     bias: bool = True,
@@ -75,8 +76,8 @@ def as_conv(
     """The operator in place of a plain convolution with "same" padding.
 
     What the operator cannot do is added after it: a 1 × 1 convolution mixes channels, changes their number and strides.
-    The kernel size asked for gives way to the part's ``conv`` entry (operators whose size means something else) and to
-    ``options``.
+    The kernel size of the convolution gives way to the part's ``conv`` entry (operators whose size means something
+    else), and either to ``options``, ``kernel_size`` among them.
 
     Returns:
         The operator alone where it can do everything, else a ``Sequential`` of it and a 1 × 1 convolution.

@@ -209,6 +209,8 @@ def _settings(announced: Part, conv: Any, options: dict[str, Any]) -> dict[str, 
     pads = same if conv.padding == "same" else resolve_padding(conv.padding, conv.kernel_size, conv.dilation)
     if pads != same:
         raise ValueError(f"padding={conv.padding!r} is not the kernel's half")
+    if to == "dcls" and "kernel_size" not in options:  # room for every tap of a larger kernel
+        settings["kernel_size"] = [max(k, settings["kernel_size"]) for k in conv.kernel_size]
     if to == "dcls" and "kernel_count" not in settings:
         settings["kernel_count"] = torch.Size(conv.kernel_size).numel()
         settings.setdefault("version", "v1")
@@ -217,15 +219,17 @@ def _settings(announced: Part, conv: Any, options: dict[str, Any]) -> dict[str, 
 
 def _build(conv: Any, edit: Edit) -> nn.Module:
     announced, ndim, stride = operator(edit["to"]), conv.weight.dim() - 2, tuple(conv.stride)
-    settings = {"kernel_size": tuple(conv.kernel_size), **edit["settings"]}
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    size = tuple(conv.kernel_size)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in edit["settings"].items()}
     channels, bias = (conv.in_channels, conv.out_channels), conv.bias is not None
     depthwise = conv.groups == conv.in_channels == conv.out_channels
     if announced.mixes == "space" and depthwise and (set(stride) == {1} or "stride" in announced.supports):
         # Channels stay apart in both, so that nothing need be added.
-        module: nn.Module = load(announced, ndim)(*channels, stride=stride, padding="same", bias=bias, **settings)
+        module: nn.Module = load(announced, ndim)(
+            *channels, stride=stride, padding="same", bias=bias, **{"kernel_size": size, **settings}
+        )
         return module
-    return as_conv(edit["to"], *channels, settings.pop("kernel_size"), stride, ndim, bias, **settings)
+    return as_conv(edit["to"], *channels, size, stride, ndim, bias, **settings)
 
 
 @torch.no_grad()
