@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from torchconv.ops.snnk import BundledFeatures, ReLUFeatures
 from torchconv.surgery import bundle
@@ -69,6 +70,9 @@ def test_longer_stacks_are_bundled_whole() -> None:
     assert row.widths == (6, 30, 20, 3)
     assert [type(m) for m in new[0]] == [ReLUFeatures, BundledFeatures, nn.Linear]
     assert isinstance(new[5], nn.ReLU)
+    parametrizations.weight_norm(model[2])
+    again: Any = bundle(model, 16, example=inputs())
+    assert again.bundle_report.stacks[0].error == pytest.approx(row.error, rel=1e-3)
     chosen: Any = bundle(nn.Sequential(mlp(), nn.Tanh(), nn.Linear(5, 6), mlp()), 8, where="3.*", example=inputs())
     assert [row.path for row in chosen.bundle_report.stacks] == ["3.0"]
 

@@ -143,7 +143,8 @@ def bundle(
                 kept[path] = str(error)
     stacks: list[BundledStack] = []
     edits: list[Edit] = []
-    with torch.random.fork_rng(devices=[]):
+    cuda = {p.device.index or 0 for p in new.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=sorted(cuda)):
         torch.manual_seed(seed)
         for chain in found:
             head = chain[0]

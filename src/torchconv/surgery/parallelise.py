@@ -11,9 +11,9 @@ max(f_i(x), −x) for x ≥ 0: it is used as it is, and the ReLU is applied once
 no further from the stack's output (that is non-negative, and ReLU is the projection on what is).
 
 Exact: one block; order 2 of two linear blocks; any order where the F_i vanish. Everything else is an approximation: for
-residuals of size ε of error O(ε²) at order 1 and O(ε³) at order 2 where blocks are smooth; with a ReLU after the sum O(ε)
-at either, because x is zero, on the kink, in many places. In trained networks residuals are not small at all. So the
-error is measured, and reported.
+residuals of size ε of error O(ε²) at order 1 and O(ε³) at order 2 where blocks are smooth; with a ReLU after the sum of
+error O(ε) at either, because x is zero, on the kink, in many places. In trained networks residuals are not small at all.
+So the error is measured, and reported.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class ParallelBlocks(nn.Module):
         >>> ParallelBlocks(blocks)(torch.ones(2))  # no residual: the identity
         tensor([1., 1.])
 
-    Order 2 asks each block for its derivative (forward mode), about twice the work, and can't be exported or compiled.
+    Order 2 asks each block for its derivative (forward mode), about twice the work. It can't be exported or compiled, nor
+    trained through operations whose derivative PyTorch cannot differentiate (attention, hard-sigmoid).
     Reference: arXiv 2309.08414.
     """
 
@@ -219,7 +220,7 @@ def parallelise(
             stacks.append(_try(new, edit, blocks, example, expected))
             edits.append(edit)
         except (ValueError, RuntimeError) as error:
-            kept[blocks[0].path] = " ".join(str(error).split())
+            kept[blocks[0].path] = " ".join(str(error).split())[:200]
     reasons = "; ".join(f"{p}: {why}" for p, why in kept.items())
     reasons = reasons or f"it takes two blocks in a row that keep the shape, with where={where!r}"
     check(bool(stacks), "model", type(model).__name__, f"no stack of residual blocks was found ({reasons})")
