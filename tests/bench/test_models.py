@@ -79,6 +79,8 @@ def test_a_run_is_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (row,) = json.loads(out.read_text())["rows"]
     assert row["model"] == "p3d63"
     assert row["shape"] == [2, 16, 16, 16]
+    last = bench_models(("p3d63",), channels_last=True, **FAST)
+    assert not last["skipped"]
     built.clear()
     monkeypatch.setattr(bench, "create_model", lambda name, **_: built.append(name) or Tiny())
     seen: list[tuple[str, int, int]] = []

@@ -18,6 +18,7 @@ from torchconv._common import check, check_choice, check_positive, did_you_mean,
 from torchconv.analysis.count import count
 from torchconv.analysis.latency import machine, model_peak_memory, paired_latency, training_step
 from torchconv.bench.mixers import DTYPES
+from torchconv.kernels._layout import channels_last_format
 from torchconv.models import create_model, list_models
 from torchconv.surgery.merging import merge
 
@@ -192,8 +193,14 @@ class _Run:
         ours = create_model(name, **({"img_size": side} if name.startswith(SIZED) else {}))
         shape = _shape(ours, side)
         label, peer = _peer(name, shape[0])
-        trained = {"torchconv": self._put(ours)} | ({} if peer is None else {label: self._put(peer)})
-        one, many = (self._format(torch.randn(n, *shape).to(**self.where)) for n in (1, self.batch))
+        trained = {"torchconv": ours} | ({} if peer is None else {label: peer})
+        one, many = (torch.randn(n, *shape).to(**self.where) for n in (1, self.batch))
+        for model in trained.values():
+            model.to(**self.where).eval()
+        if self.channels_last:
+            one, many = _channels_last(one), _channels_last(many)
+            for parameter in (p for model in trained.values() for p in model.parameters()):
+                parameter.data = _channels_last(parameter.data)
         ready = {"torchconv": merge(trained["torchconv"], one)}
         if label in trained:
             ready[label] = _reparameterised(label, trained[label])
@@ -229,12 +236,10 @@ class _Run:
         for ratio in timed.ratios.values():
             ratios[kind] = [ratio.median, ratio.low, ratio.high]
 
-    def _put(self, model: nn.Module) -> nn.Module:
-        model = model.to(**self.where).eval()
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
-    def _format(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
+def _channels_last(x: Tensor) -> Tensor:
+    """Maps, clips and their kernels with the channels last; others as they are (networks may hold both kinds)."""
+    return x.contiguous(memory_format=channels_last_format(x.dim() - 2)) if x.dim() in (4, 5) else x
 
 
 def _shape(model: nn.Module, side: int) -> tuple[int, ...]:

@@ -102,7 +102,8 @@ def rotate_pairs(x: Tensor, z: Tensor) -> Tensor:
     axis = 3 if last else 1
     a, b = (x.movedim(1, 3) if last else x).to(dtype).unflatten(axis, (-1, 2)).unbind(axis + 1)
     real, imaginary = (v if last else v.reshape(-1, 1, 1) for v in z.to(dtype).reshape(-1, 2).unbind(1))
-    y = torch.stack([a * real - b * imaginary, a * imaginary + b * real], axis + 1).flatten(axis, axis + 1).to(x.dtype)
+    turned = torch.addcmul(a * real, b, imaginary, value=-1), torch.addcmul(a * imaginary, b, real)
+    y = torch.stack(turned, axis + 1).flatten(axis, axis + 1).to(x.dtype)
     return y.movedim(3, 1) if last else y
 
 
