@@ -1,4 +1,4 @@
-"""Benchmarks: operators and networks against the obvious PyTorch expression and against published packages, paired in one run."""
+"""Benchmarks: operators against the obvious PyTorch expression, networks against published ones, paired in one run."""
 
 from torchconv.bench.cases import Case, cases
 from torchconv.bench.mixers import bench as bench_mixers
