@@ -25,8 +25,9 @@ INLINE = 1900 << 20  # bytes of weights from which they stand beside the file: p
 
 # --- Fourier transforms ----------------------------------------------------------------------------------------------
 #
-# PyTorch's own way to ONNX writes an inverse real transform as a one-sided inverse ``DFT``, which ONNX does not define
-# below operator set 26, and takes the square root of "ortho" of a size that it thereby fixes.
+# PyTorch's own way to ONNX writes real transforms as a one-sided ``DFT``: the inverse one is not defined by ONNX below
+# operator set 26, the other is read with another rank by OpenVINO. And it takes the root of "ortho" of a size, which it
+# thereby fixes.
 
 
 def _scale(like: Tensor, sizes: Sequence[Any], norm: str) -> Tensor:
@@ -42,11 +43,17 @@ def _axes(x: Tensor, sizes: Any, axes: Any) -> list[int]:
 
 
 def _rfftn(x: Tensor, s: Any = None, dim: Any = None, norm: str | None = None) -> Tensor:
-    if norm is None or norm == "backward":
-        return NotImplemented  # stays as it is
+    """By complex transforms, of which the first half of the last is kept."""
     axes = _axes(x, s, dim)
-    scale = _scale(x, [x.shape[d] for d in axes] if s is None else s, norm)
-    return torch.view_as_complex(torch.view_as_real(torch.fft.rfftn(x, s, axes)) * scale)
+    sizes = [x.shape[d] for d in axes] if s is None else list(s)
+    *others, last = axes
+    whole = torch.view_as_real(torch.fft.fft(x, sizes[-1], last))
+    y = torch.view_as_complex(whole.narrow(last % x.dim(), 0, sizes[-1] // 2 + 1).contiguous())
+    for axis, n in zip(reversed(others), reversed(sizes[:-1]), strict=True):
+        y = torch.fft.fft(y, n, axis)
+    if norm is None or norm == "backward":
+        return y
+    return torch.view_as_complex(torch.view_as_real(y) * _scale(x, sizes, norm))
 
 
 def _irfftn(x: Tensor, s: Any = None, dim: Any = None, norm: str | None = None) -> Tensor:
@@ -93,7 +100,8 @@ def _in_defined_operators(program: torch.export.ExportedProgram) -> torch.export
         aten.fft_irfft2.default: _plane(_irfftn),
         aten.fft_irfftn.default: _irfftn,
     }
-    used = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    graphs: list[Any] = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    used = {node.target for graph in graphs for node in graph.nodes}  # also of what is under autocast
     return program.run_decompositions(table) if used & set(table) else program
 
 
@@ -222,6 +230,8 @@ def openvino_objections(model: Any) -> list[str]:
             found[f"{name}: taken in certain patterns only"] = None
         elif node.op_type == "DFT" and opset >= 20:
             found[f"{name}: read as in operator set 17, where the axis is an attribute; use --opset {OPSET}"] = None
+        elif node.op_type == "DFT" and "onesided" in given and given["onesided"].i:
+            found[f"{name}: one-sided, of which the reader makes another rank"] = None
         elif node.op_type == "GridSample" and opset >= 20:
             found[f"{name}: read as in operator set 16, which has other names of modes; use --opset {OPSET}"] = None
         elif node.op_type == "Pad" and len(node.input) > 3 and node.input[3]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive, ntuple, require
 from torchconv.surgery import _onnx
 from torchconv.surgery._attempt import Attempt, quiet
+from torchconv.surgery._probe import make_up, run
 from torchconv.surgery._refusal import is_final, reason
 from torchconv.surgery.merging import merge as merged_form
 
@@ -116,7 +117,7 @@ def export(
             reader refuses (domains other than ai.onnx, float64, operators that it lacks, unknown ranks).
         example: the input, or all inputs; unset, noise of ``batch`` and ``size``.
         size: of the input, an integer or one per spatial axis; unset, what the network's description says (timm), else
-            224, 1024 for 1-D and 16 × 112 × 112 for 3-D convolutions.
+            224, 1024 for 1-D and 16 × 112 × 112 for 3-D convolutions, or another on which it runs.
         batch: of the example, and of the file where the batch is not open.
         opset: of ONNX; unset 18.
         dynamic: leave axes open where that can be done.
@@ -196,23 +197,23 @@ def _checked(opset: int | None, to: str) -> int:
 
 
 def example_inputs(model: nn.Module, size: int | Sequence[int] | None = None, batch: int = 1) -> Tensor:
-    """Noise of the shape that a network of convolutions takes.
+    """Noise of the shape that a network takes, told from its description (timm) or its first layer.
 
     Raises:
-        ValueError: the network has no convolution to tell its input from.
+        ValueError: the network has no convolution or linear layer, or ``size`` has not as many axes.
     """
-    convs: Any = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    described = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    if described:
-        channels, *usual = described
-    elif convs:
-        channels, usual = convs[0].in_channels, _SIZES[convs[0].weight.dim() - 2]
-    else:
-        raise ValueError("example=None: the network has no convolution to tell its input from; give an example")
-    channels = getattr(model, "in_chans", channels)
-    sizes = tuple(usual) if size is None else ntuple("size", size if isinstance(size, int) else tuple(size), len(usual))
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.randn(batch, channels, *sizes, generator=torch.Generator().manual_seed(0)).to(kind)
+    found = make_up(model, size if isinstance(size, int) else None, batch=1)
+    channels, usual = found.shape[1], tuple(found.shape[2:])
+    if usual and not (getattr(model, "pretrained_cfg", None) or {}).get("input_size"):
+        usual = _SIZES[len(usual)]
+    sizes = usual if size is None else ntuple("size", size if isinstance(size, int) else tuple(size), len(usual))
+    x = torch.randn(batch, channels, *sizes, generator=torch.Generator().manual_seed(0)).to(found.dtype)
+    if size is None:
+        try:
+            run(model, x)
+        except Exception:  # made for the size that was found
+            return make_up(model, batch=batch)
+    return x
 
 
 def inference_form(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
