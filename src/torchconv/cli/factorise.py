@@ -40,7 +40,7 @@ def factorise(
         str | None, typer.Option(help="R, a share of the numbers (0.5), a pair for tucker (8,4), or PATTERN=R,…")
     ] = None,
     energy: Annotated[float | None, typer.Option(help="Share of each kernel's squares to keep, instead.")] = None,
-    form: Annotated[str, typer.Option(help="tucker, cp, sequential, per_pair or depthwise_1d.")] = "tucker",
+    form: Annotated[str, typer.Option(help="sequential, tucker, cp, per_pair or depthwise_1d.")] = "sequential",
     where: Annotated[
         str | None, typer.Option(help="all, spatial, depthwise, pointwise, stem, or a pattern for names.")
     ] = None,
@@ -54,7 +54,7 @@ def factorise(
 
       torchconv factorise timm:resnet18 --rank 0.5 -o half.safetensors
 
-      torchconv factorise trained/ --energy 0.9 --form sequential -o small
+      torchconv factorise trained/ --energy 0.9 --form tucker -o small
 
       torchconv factorise trained/ --rank "layer3.*=16,layer4.*=0.25" -o small --size 128
     """

@@ -99,7 +99,7 @@ def factorise(
     *,
     rank: Rank | Mapping[str, Rank] | None = None,
     energy: float | None = None,
-    form: str = "tucker",
+    form: str = "sequential",
     where: Where | None = None,
     example: Any = None,
     force: bool = False,
@@ -118,9 +118,9 @@ def factorise(
             - a dict from names or patterns of layers to those; only the layers it names are factorised.
         energy: in (0, 1], the share of the squares of each kernel that its factors must hold; the smallest such rank.
             Give rank or energy; "depthwise_1d" has neither.
-        form: "tucker", "cp" (needs tensorly, extra ``surgery``, and time), "sequential" (one-way filters, vertical then
-            horizontal), "per_pair" or "depthwise_1d", see :mod:`torchconv.ops.apriori`. Groups and depthwise layers are
-            taken by all; "sequential" and "per_pair" suit large depthwise kernels.
+        form: "sequential" (one-way filters, vertical then horizontal), "tucker", "cp" (needs tensorly, extra
+            ``surgery``, and time), "per_pair" or "depthwise_1d", see :mod:`torchconv.ops.apriori`. Groups and depthwise
+            layers are taken by all; "sequential" and "per_pair" suit large depthwise kernels.
         where: as in :func:`~torchconv.surgery.swap`; unset: "spatial", or with a dict every layer it names.
         example: an input (a tuple of arguments, a dict of keywords); with it errors of outputs and multiply-adds are
             measured.
@@ -138,7 +138,7 @@ def factorise(
     Example:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
-        >>> small = factorise(net, rank=0.5, form="sequential", example=torch.zeros(1, 3, 16, 16))
+        >>> small = factorise(net, rank=0.5, example=torch.zeros(1, 3, 16, 16))
         >>> [(row.path, row.rank, row.parameters) for row in small.factorise_report.layers]
         [('2', 16, (4640, 2336))]
 

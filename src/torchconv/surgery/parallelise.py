@@ -12,8 +12,8 @@ no further from the stack's output (that is non-negative, and ReLU is the projec
 
 Exact: one block; order 2 of two linear blocks; any order where the F_i vanish. Everything else is an approximation: for
 residuals of size ε of error O(ε²) at order 1 and O(ε³) at order 2 where blocks are smooth; with a ReLU after the sum of
-error O(ε) at either, because x is zero, on the kink, in many places. In trained networks residuals are not small at all.
-So the error is measured, and reported.
+error O(ε) at either, because x is zero, on the kink, in many places. In trained networks residuals are not small at
+all. So the error is measured, and reported.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class ParallelBlocks(nn.Module):
         >>> ParallelBlocks(blocks)(torch.ones(2))  # no residual: the identity
         tensor([1., 1.])
 
-    Order 2 asks each block for its derivative (forward mode), about twice the work. It can't be exported or compiled, nor
-    trained through operations whose derivative PyTorch cannot differentiate (attention, hard-sigmoid).
+    Order 2 asks each block for its derivative (forward mode), about twice the work. It can't be exported or compiled,
+    nor trained through operations whose derivative PyTorch cannot differentiate (attention, hard-sigmoid).
     Reference: arXiv 2309.08414.
     """
 
