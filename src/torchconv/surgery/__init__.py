@@ -1,6 +1,7 @@
 """Change a network that somebody already has: put operators in place of convolutions, take inference forms."""
 
 from torchconv.surgery.bundle import BundledStack, BundleReport, bundle
+from torchconv.surgery.export import ExportError, ExportReport, export
 from torchconv.surgery.factorise import FactorisedLayer, FactoriseReport, factorise
 from torchconv.surgery.merging import FoldedNorm, MergedPart, MergeReport, Speed, merge
 from torchconv.surgery.parallelise import ParallelBlocks, ParalleliseReport, ParallelStack, parallelise
@@ -10,6 +11,8 @@ from torchconv.surgery.swap import SwappedLayer, SwapReport, swap
 __all__ = [
     "BundleReport",
     "BundledStack",
+    "ExportError",
+    "ExportReport",
     "FactoriseReport",
     "FactorisedLayer",
     "FoldedNorm",
@@ -23,6 +26,7 @@ __all__ = [
     "SwapReport",
     "SwappedLayer",
     "bundle",
+    "export",
     "factorise",
     "merge",
     "parallelise",
