@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from torchconv.cli import main
 from torchconv.models import create_model
 from torchconv.ops.dcls import DCLSConv2d
 from torchconv.ops.plain import SeparableConv2d
@@ -312,3 +313,28 @@ def test_merged_networks_load_in_a_fresh_process(tmp_path: Path) -> None:
         assert difference(torch.load(tmp_path / f"{name}.y"), network(noise(1, 3, 64, 64))) < 1e-4
     merged_twice: Any = merge(load(tmp_path / "folded"))
     assert not merged_twice.merge_report.folded
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    merged, swapped = tmp_path / "merged.safetensors", tmp_path / "swapped"
+
+    def ask(*arguments: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    code, out, _ = ask("merge", "timm:test_byobnet", "-o", merged, "--size", 32)
+    assert code == 0
+    assert "14 batch norms folded" in out
+    assert "MACs: " in out
+    assert "× as fast" in out
+    assert norms(load(merged)) == 0
+    code, out, _ = ask("swap", merged, "--to", "dcls", "--match", "params", "--size", 32, "-o", swapped)
+    assert code == 0
+    assert "layers replaced" in out
+    assert (swapped / "config.json").is_file()
+    code, _, err = ask("merge", tmp_path / "nothing", "-o", merged)
+    assert code == 2
+    assert "give timm:NAME" in err

@@ -57,7 +57,8 @@ class Speed:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}× as fast ({self.low:.2f} to {self.high:.2f}, paired runs)"
+        unclear = ": no clear difference" if self.low <= 1 <= self.high else ""
+        return f"{self.median:.2f}× as fast ({self.low:.2f} to {self.high:.2f}, paired runs){unclear}"
 
 
 @dataclass(frozen=True)
