@@ -179,6 +179,19 @@ def test_what_cannot_be_taken_apart_is_left() -> None:
         ParallelBlocks([nn.Identity()], order=0)
 
 
+def test_a_shortcut_that_is_a_whole_view_counts() -> None:
+    class Sliced(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, ::1] + self.conv(x)
+
+    class Flipped(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(2) + self.conv(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Sliced(), Sliced(), Flipped(), Flipped()).double()
+    assert [row.blocks for row in changed(model).parallelise_report.stacks] == [("1", "2")]
+
+
 def test_modes_hooks_and_the_original_stay() -> None:
     model = stack(3)
     model[3].eval()

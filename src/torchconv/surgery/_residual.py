@@ -13,6 +13,7 @@ from torchconv.surgery._layers import Where, chosen
 from torchconv.surgery._probe import run
 
 INPUT, SUM, RELU = range(3)
+_VIEWS = ("alias", "slice", "view", "expand", "detach")
 
 
 @dataclass
@@ -40,7 +41,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.rstrip("_")
-        if name not in ("add", "relu", "threshold"):
+        if name not in ("add", "relu", *_VIEWS):
             return out
         for call in self.opened:
             if call is None:
@@ -53,8 +54,16 @@ class _Watch(TorchDispatchMode):
                 call.trunk[id(out)] = SUM
             elif name == "relu" and inside[0] != INPUT:
                 call.trunk[id(out)] = RELU
+            elif name in _VIEWS and _whole(out, args[0]):
+                call.trunk[id(out)] = inside[0]
             call.alive.append(out)
         return out
+
+
+def _whole(view: Tensor, x: Tensor) -> bool:
+    """Whether a view shows all of ``x`` as it is, as x[:, ::1] does."""
+    same = view.shape == x.shape and view.stride() == x.stride()
+    return bool(same and view.storage_offset() == x.storage_offset())
 
 
 def watch(model: nn.Module, example: Any) -> tuple[Any, dict[str, ResidualCall]]:
