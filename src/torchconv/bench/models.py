@@ -203,7 +203,7 @@ class _Run:
                 parameter.data = _channels_last(parameter.data)
         ready = {"torchconv": merge(trained["torchconv"], one)}
         if label in trained:
-            ready[label] = _reparameterised(label, trained[label])
+            ready[label] = _reparameterised(label, trained[label]).to(**self.where)  # some new biases are float32
         facts: dict[str, dict[str, Any]] = {}
         for form, model in ready.items():
             counted = count(model, one)
