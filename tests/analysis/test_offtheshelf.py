@@ -309,6 +309,7 @@ def test_svm_refuses() -> None:
         lib.fit_svm(x, torch.ones(60, 2), scheme="one-vs-all")
 
 
+@pytest.mark.filterwarnings("ignore:Liblinear")
 def test_C_by_cross_validation() -> None:
     x, y = normal(60, 2), torch.arange(60) % 2
     x[:, 0] += 0.6 * y - 0.3  # large and noisy: what a small C uses
@@ -486,6 +487,7 @@ def test_groups_classes_and_bootstrap() -> None:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Liblinear")
 def test_recognition_with_views_and_columns() -> None:
     x, y = blobs(3, 30)
     single = lib.recognise(x[:45], y[:45], x[45:], y[45:], draws=50)
@@ -550,6 +552,7 @@ def test_section_of_the_inspection() -> None:
         inspect_model(network(), images[:3], labels=y[:3], only=("transfer",))
 
 
+@pytest.mark.filterwarnings("ignore:Liblinear")
 def test_a_trained_network_against_random_weights() -> None:
     from torchconv.claims.offtheshelf import WEIGHTS, _cifar, _find, caffe, squeezenet
 
