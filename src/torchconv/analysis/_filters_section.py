@@ -39,10 +39,9 @@ def section(model: nn.Module, images: Tensor | None = None) -> Section:
     Raises:
         ValueError: no convolution of more than one tap.
     """
-    found = next(((n, m) for n, m in model.named_modules() if has_taps(m)), None)
-    check(found is not None, "model", type(model).__name__, "has no convolution of more than one tap")
-    assert found is not None
-    name, layer = found
+    found = [(n, m) for n, m in model.named_modules() if has_taps(m)]
+    check(bool(found), "model", type(model).__name__, "has no convolution of more than one tap")
+    name, layer = found[0]
     any_layer: Any = layer
     weight: Tensor = any_layer.weight.detach().double().cpu()
     kernel = tuple(weight.shape[2:])
