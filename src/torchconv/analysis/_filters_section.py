@@ -52,7 +52,9 @@ def section(model: nn.Module, images: Tensor | None = None) -> Section:
     norms = weight.flatten(1).norm(dim=1)
     dead = norms <= 1e-3 * norms.max()
     like = (likeness > chance) & ~dead
-    report = filter_report(weight[~dead]) if bool((~dead).any()) else {"effective_rank": 0.0, "duplicates": []}
+    report: dict[str, Any] = (
+        filter_report(weight[~dead]) if bool((~dead).any()) else {"effective_rank": 0.0, "duplicates": []}
+    )
     copies = len({b for _, b in report["duplicates"]})
     advice, enough = _advice(images, max(kernel))
     rows = [
