@@ -193,8 +193,8 @@ def scaled_C(x: Tensor) -> float:
         ValueError: features that are all alike.
 
     Example:
-        >>> scaled_C(torch.tensor([[1.0, 0.1], [1.0, -0.1]]))
-        100.0
+        >>> scaled_C(torch.tensor([[1.0, 0.25], [1.0, -0.25]]))
+        16.0
     """
     rows = x.detach().flatten(0, -2).double()
     variance = float((rows - rows.mean(0)).square().sum(1).mean())
