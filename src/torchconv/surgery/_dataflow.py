@@ -9,8 +9,9 @@ they are. This holds for networks that cannot be traced as well.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +121,9 @@ def watch(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
     """
     flow = Dataflow(model)
     inside: list[str] = []
-    with _hooks(model, flow, inside, is_norm), torch.compiler.set_stance("force_eager"), _Watch(flow, inside):
+    # What runs in a compiled graph is not seen; nothing is compiled as long as the compiler was not imported.
+    eager: Any = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with _hooks(model, flow, inside, is_norm), eager, _Watch(flow, inside):
         out = run(model, example)
     flow.show(out)
     return out, flow

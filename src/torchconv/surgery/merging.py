@@ -177,8 +177,9 @@ def merge(
 
 @verb("merge")
 def _merge(model: nn.Module, edit: Edit) -> nn.Module:
-    path = edit["path"]
-    return put(model, path, _form(model.get_submodule(path).eval()))
+    module = model.get_submodule(edit["path"]).eval()
+    check(bool(_methods(module)), "path", edit["path"], f"{type(module).__name__} has no inference form")
+    return put(model, edit["path"], _form(module))
 
 
 class _Work:
@@ -329,7 +330,7 @@ def _methods(module: nn.Module) -> list[str]:
     found = []
     for name in _METHODS:
         method = getattr(module, name, None)
-        if callable(method):
+        if inspect.ismethod(method):
             needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
             if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed):
                 found.append(name)
