@@ -174,7 +174,7 @@ def _classifier(model: nn.Module, example: Tensor) -> str:
     """Name of the last linear or convolutional layer that runs."""
     ran: list[str] = []
     handles = [
-        module.register_forward_pre_hook(lambda m, i, name=name: ran.append(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda m, i, name=name: ran.append(name))
         for name, module in model.named_modules()
         if isinstance(module, _WEIGHTED)
     ]

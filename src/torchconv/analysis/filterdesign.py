@@ -37,7 +37,10 @@ from torchconv.analysis._filters_layers import (
     zero_bias,
 )
 from torchconv.analysis._filters_lsuv import lsuv
+from torchconv.analysis._filters_pcanet import PCANet as PCANet
 from torchconv.analysis._filters_section import section as section
+from torchconv.analysis._filters_size import advise as advise
+from torchconv.analysis._filters_size import receptive_fields as receptive_fields
 from torchconv.catalog import part
 
 RANDOM: dict[str, Callable[..., Tensor]] = {

@@ -54,6 +54,14 @@ class Part:
     target: str = ""
     summary: str = ""
 
+    @property
+    def home(self) -> str:
+        """The public module to import it from: a private file belongs to that of its method."""
+        package, _, name = self.module.rpartition(".")
+        if package == "torchconv.ops":
+            return package
+        return f"{package}.{self.paper}" if name.startswith("_") else self.module
+
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
         check_choice("mixes", self.mixes, MIXES)

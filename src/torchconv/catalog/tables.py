@@ -29,10 +29,9 @@ def parts_table(kind: str) -> str:
     rows = ["| name | import | dimensions | what it is |", "|---|---|---|---|"]
     for p in parts():
         if p.kind == kind:
-            home = "torchconv.ops" if p.module.startswith("torchconv.ops.") else p.module
             dims = ", ".join(map(str, p.dims))
             summary = re.sub(r"``|:\w+:", "", p.summary).replace("|", "\\|")
-            rows.append(f"| `{p.name}` | `{home}.{p.target}` | {dims} | {summary} |")
+            rows.append(f"| `{p.name}` | `{p.home}.{p.target}` | {dims} | {summary} |")
     return "\n".join(rows)
 
 

@@ -50,9 +50,8 @@ def list_(
             return
         table = Table("name", "paper", "dims", "mixes", "import", "what it is", box=None)
         for p in parts:
-            where = f"{p.module.rsplit('.', 1)[0]}" if p.module.startswith("torchconv.ops.") else p.module
             dims = ",".join(map(str, p.dims))
-            table.add_row(p.name, p.paper or "", dims, p.mixes, f"{where}.{p.target}", p.summary.replace("``", ""))
+            table.add_row(p.name, p.paper or "", dims, p.mixes, f"{p.home}.{p.target}", p.summary.replace("``", ""))
         Console().print(table)
         return
     methods = list(catalog.papers().values())
@@ -116,7 +115,7 @@ def show(
             console.print(f"  merge() gives {merged[p.merges]}", highlight=False)
             console.print(f"  torchconv compare --ops conv,{p.name}", highlight=False)
         else:
-            console.print(f"  from {p.module} import {p.target}", highlight=False)
+            console.print(f"  from {p.home} import {p.target}", highlight=False)
 
 
 def search(
