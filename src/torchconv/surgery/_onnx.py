@@ -36,6 +36,11 @@ def _scale(like: Tensor, sizes: Sequence[Any], norm: str) -> Tensor:
     return samples.rsqrt() if norm == "ortho" else samples.reciprocal()
 
 
+def _complex(pairs: Tensor) -> Tensor:
+    """``view_as_complex``, for any strides."""
+    return torch.view_as_complex(pairs.contiguous())
+
+
 def _axes(x: Tensor, sizes: Any, axes: Any) -> list[int]:
     if axes is None:
         axes = range(-len(sizes), 0) if sizes is not None else range(x.dim())
@@ -48,12 +53,12 @@ def _rfftn(x: Tensor, s: Any = None, dim: Any = None, norm: str | None = None) -
     sizes = [x.shape[d] for d in axes] if s is None else list(s)
     *others, last = axes
     whole = torch.view_as_real(torch.fft.fft(x, sizes[-1], last))
-    y = torch.view_as_complex(whole.narrow(last % x.dim(), 0, sizes[-1] // 2 + 1).contiguous())
+    y = _complex(whole.narrow(last % x.dim(), 0, sizes[-1] // 2 + 1))
     for axis, n in zip(reversed(others), reversed(sizes[:-1]), strict=True):
         y = torch.fft.fft(y, n, axis)
     if norm is None or norm == "backward":
         return y
-    return torch.view_as_complex(torch.view_as_real(y) * _scale(x, sizes, norm))
+    return _complex(torch.view_as_real(y) * _scale(x, sizes, norm))
 
 
 def _irfftn(x: Tensor, s: Any = None, dim: Any = None, norm: str | None = None) -> Tensor:
