@@ -60,8 +60,8 @@ def on_spectrum(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     spectrum = torch.view_as_real(torch.fft.rfftn(wide, dim=axes, norm="ortho"))
     y = change(spectrum.movedim(-1, 2).flatten(1, 2).to(x.dtype))
     pairs = y.unflatten(1, (-1, 2)).movedim(2, -1)
-    pairs = (pairs.float() if pairs.dtype in _HALF else pairs).contiguous()
-    back = torch.fft.irfftn(torch.view_as_complex(pairs), s=sizes, dim=axes, norm="ortho")
+    real, imaginary = (pairs.float() if pairs.dtype in _HALF else pairs).unbind(-1)
+    back = torch.fft.irfftn(torch.complex(real, imaginary), s=sizes, dim=axes, norm="ortho")
     return keep_layout(back.to(y.dtype), x)
 
 
