@@ -14,6 +14,7 @@ from torch import nn
 from torchconv.analysis import inspection
 from torchconv.analysis.efficiency import block_times, blocks_of
 from torchconv.analysis.inspection import inspect_model, plain, write_report
+from torchconv.analysis.receptive import section, squares
 from torchconv.analysis.section import Section
 from torchconv.cli import main
 
@@ -29,19 +30,56 @@ def test_receptive_field_of_a_small_stack(tmp_path: Path) -> None:
     model = network()
     found = inspect_model(model, image_size=20, only=("receptive-field",), title="<small>")
     assert model.training
-    (section,) = found.sections
-    sides = {r["share of the contribution"]: r["side, pixels"] for r in section.tables["sides"]}
+    (made,) = found.sections
+    sides = {r["share of the contribution"]: r["side"] for r in made.tables["sides"]}
     assert max(s for s in sides.values() if s) <= 7  # two 3 × 3 convolutions see 5 × 5
     assert found.facts["parameters"] == sum(p.numel() for p in model.parameters())
     page = write_report(found, tmp_path / "page.html").read_text()
     assert "&lt;small&gt;" in page
-    assert section.verdict in page
+    assert made.verdict in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http://www.w3.org", "")
     rows = list(csv.DictReader((tmp_path / "page" / "receptive-field-sides.csv").open()))
     assert len(rows) == len(sides)
     assert json.loads((tmp_path / "page" / "inspection.json").read_text())["title"] == "<small>"
     assert (tmp_path / "page" / "receptive-field-effective-receptive-field.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_squares_stand_around_what_contributes_not_around_the_image() -> None:
+    bright = torch.zeros(9, 12)
+    bright[1:4, 7:10] = 1.0
+    assert squares(bright, (0.05, 0.5, 0.99)) == [(1, pytest.approx(1 / 108)), *[(3, pytest.approx(9 / 108))] * 2]
+    line = torch.zeros(10)
+    line[:5] = 1.0  # the middle is position 2
+    assert squares(line, (0.5, 0.9)) == [(3, pytest.approx(0.3)), (5, pytest.approx(0.5))]
+    strided = nn.Conv2d(3, 4, 16, stride=16)  # the middle of two positions starts at pixel 16
+    found = section(strided, torch.rand(2, 3, 32, 32))
+    assert "the last map comes from" in found.verdict
+    assert found.data["sides"]["0.99"] <= 17
+    assert found.data["published_sides"]["0.99"] == 31
+    with pytest.raises(ValueError, match="nothing of the images"):
+        section(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(9.0, 0.0)), torch.rand(2, 3, 8, 8))
+
+
+def test_receptive_field_of_tokens_and_of_channels_last() -> None:
+    class Patches(nn.Module):
+        def __init__(self, last: bool) -> None:
+            super().__init__()
+            self.patch, self.last = nn.Conv2d(3, 8, 4, 4), last
+            self.mix, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.patch(x).permute(0, 2, 3, 1)
+            if not self.last:
+                x = x.flatten(1, 2)
+                x = torch.cat([x.mean(1, keepdim=True), x], 1)
+            return self.head(self.norm(self.mix(x)).flatten(1, -2).mean(1))
+
+    for last in (False, True):
+        torch.manual_seed(0)
+        found = section(Patches(last), torch.rand(2, 3, 20, 20))
+        assert found.data["layer"] == "norm"
+        assert found.data["sides"]["0.99"] <= 5  # a patch, which no other reaches
 
 
 def test_time_and_operations_of_blocks() -> None:

@@ -12,6 +12,7 @@ Cost: one forward and one backward pass an image; memory that of ``batch_size`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from torchconv._common import check, check_positive, did_you_mean
 from torchconv.catalog import part
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
+PREFIX = 8  # tokens in front that are no patches, at most
 Images = Tensor | Iterable[Tensor]
 Progress = Callable[[int, int | None], None]
 
@@ -114,11 +116,35 @@ def _maps_in(output: Any, ndim: int) -> list[Tensor]:
     return []
 
 
+def _reading(output: Tensor, image: Sequence[int], grid: Sequence[int]) -> str:
+    """How a layer's output for images is a map: its channels "first" or "last", as "tokens" of the grid, or "" not."""
+    if not output.is_floating_point():
+        return ""
+    if output.dim() == 4:
+        return "first" if _alike(output.shape[2:], image) else "last" if _alike(output.shape[1:3], image) else ""
+    patches = math.prod(grid) if grid else 0
+    return "tokens" if output.dim() == 3 and patches > 1 and 0 <= output.shape[1] - patches <= PREFIX else ""
+
+
+def _alike(size: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether a map has the proportions of the image; attention's heads × tokens × channels have not."""
+    (h, w), (height, width) = size, image
+    return abs(h * width - w * height) <= max(height, width) or 0.8 <= h * width / (w * height) <= 1.25
+
+
+def _as_map(output: Tensor, reading: str, grid: Sequence[int]) -> Tensor:
+    if reading == "tokens":
+        return output[:, output.shape[1] - math.prod(grid) :].transpose(1, 2).unflatten(2, tuple(grid))
+    return output.movedim(-1, 1) if reading == "last" else output
+
+
 class _Tap:
     """Runs the model and returns the wanted feature map."""
 
     def __init__(self, model: nn.Module | Callable[[Tensor], Any], feature: str | None) -> None:
-        self.model, self.layer, self.automatic = model, feature or "", False
+        self.model, self.layer = model, feature or ""
+        self.reading = ""  # of a layer that was found
+        self.grid: tuple[int, ...] = ()
         if feature is not None:
             check(isinstance(model, nn.Module), "feature", feature, "a callable has no layers; let it return the map")
             names = [n for n, _ in model.named_modules() if n]  # type: ignore[union-attr]
@@ -127,18 +153,14 @@ class _Tap:
 
     def __call__(self, x: Tensor) -> Tensor:
         ndim = x.dim() - 2
+        if self.reading:
+            return _as_map(self._hooked([self.layer], x)[-1][1], self.reading, self.grid)
         if self.layer:
-            maps, output = self._hooked([self.layer], x, ndim), None
+            maps = [(n, m) for n, o in self._hooked([self.layer], x) for m in _maps_in(o, ndim)]
         else:
-            output = self.model(x)
-            maps = [("", m) for m in _maps_in(output, ndim)]
+            maps = [("", m) for m in _maps_in(self.model(x), ndim)]
         if not maps and not self.layer and isinstance(self.model, nn.Module):
-            # A classifier: its last layer with more than one position in channels-first order, before the pooling.
-            del output
-            last = (nn.Linear, nn.LayerNorm)
-            names = [n for n, m in self.model.named_modules() if n and not isinstance(m, last)]
-            found = self._hooked(names, x, ndim)
-            maps = [(n, m) for n, m in found if m[0, 0].numel() > 1] or found
+            maps = self._found(x, ndim)
         if not maps:
             where = f"layer {self.layer!r}" if self.layer else "the model"
             wanted = ", ".join(("N", "C", *("D", "H", "W")[3 - ndim :]))
@@ -147,12 +169,37 @@ class _Tap:
         self.layer, feature_map = maps[-1]
         return feature_map
 
-    def _hooked(self, names: Sequence[str], x: Tensor, ndim: int) -> list[tuple[str, Tensor]]:
+    def _found(self, x: Tensor, ndim: int) -> list[tuple[str, Tensor]]:
+        """A classifier's last layer with more than one position, before the pooling."""
         model: Any = self.model
-        found: list[tuple[str, Tensor]] = []
+        if ndim == 2 and (kept := self._read(x)) is not None:
+            name, output = kept
+            return [(name, _as_map(output, self.reading, self.grid))]
+        # In one and three dimensions shapes do not tell where the channels are; layers that work on the last axis do.
+        names = [n for n, m in model.named_modules() if n and not isinstance(m, nn.Linear | nn.LayerNorm)]
+        found = [(n, m) for n, o in self._hooked(names, x) for m in _maps_in(o, ndim)]
+        return [(n, m) for n, m in found if m[0, 0].numel() > 1] or found
+
+    def _read(self, x: Tensor) -> tuple[str, Tensor] | None:
+        """The last layer whose output is a map of the image's proportions, or tokens of one."""
+        model: Any = self.model
+        kept: tuple[str, Tensor] | None = None
+        grid: tuple[int, ...] = ()
+        for name, output in self._hooked([n for n, _ in model.named_modules() if n], x):
+            reading = _reading(output, x.shape[2:], grid) if isinstance(output, Tensor) else ""
+            size = tuple(_as_map(output, reading, grid).shape[2:]) if reading else ()
+            if reading and math.prod(size) > 1:
+                kept, grid = (name, output), size
+                self.reading, self.grid = reading, grid
+        return kept
+
+    def _hooked(self, names: Sequence[str], x: Tensor) -> list[tuple[str, Any]]:
+        """Outputs of the named layers, in the order in which they ran."""
+        model: Any = self.model
+        found: list[tuple[str, Any]] = []
         handles = [
             model.get_submodule(name).register_forward_hook(
-                lambda _, __, output, name=name: found.extend((name, m) for m in _maps_in(output, ndim))
+                lambda _, __, output, name=name: found.append((name, output))
             )
             for name in names
         ]
@@ -229,7 +276,8 @@ def contribution_map(
         images: floating point (N, C, \\*spatial), 1 to 3 spatial axes, or an iterable of such batches of one size.
         feature: name of the layer whose output is F. None takes the model's output when it is a feature map (the last
             of several), else the output of the last layer with more than one position (a classifier's, before its
-            pooling). Layers that work channels-last need a name or a callable.
+            pooling). For images that may be a map with its channels last, or a transformer's tokens in rows of
+            patches; a layer that is named gives channels first.
         batch_size: images in memory at once, ≥ 1. The result does not depend on it.
         device: where to run; the model's device by default.
         progress: called with (images done, their number or None) after every batch.
