@@ -435,6 +435,19 @@ def test_filter_report() -> None:
     shifted[1, 0, 1:3, 2:] = -2 * shifted[0, 0, :2, :2]
     shifted[2, 0, 0] = 1
     assert ti.filter_report(shifted)["duplicates"] == [(0, 1)]
+    bank = torch.randn(24, 2, 5, 4, generator=seeded())
+    bank[3], bank[9, :, 1:], bank[9, :, 0] = 0.3 * bank[1] + 0.02 * bank[0], bank[1, :, :-1], 0
+    pairs = ti.filter_report(bank, 0.8)["duplicates"]
+    padded = F.pad(bank / bank.flatten(1).norm(dim=1)[:, None, None, None], (3, 3, 4, 4))
+    likeness = F.conv2d(padded, bank / bank.flatten(1).norm(dim=1)[:, None, None, None]).abs().amax((2, 3))
+    assert pairs == [tuple(p) for p in (likeness.triu(1) > 0.8).nonzero().tolist()]
+    assert (1, 3) in pairs
+
+
+def test_copies_are_found_in_banks_whose_correlations_would_not_fit_in_memory() -> None:
+    bank = torch.randn(512, 3, 16, 16, generator=seeded())  # 2 GB at all shifts
+    bank[500, :, 2:, 1:] = -bank[7, :, :-2, :-1]
+    assert ti.filter_report(bank, 0.8)["duplicates"] == [(7, 500)]
 
 
 def test_the_short_name() -> None:

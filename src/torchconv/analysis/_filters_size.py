@@ -350,17 +350,29 @@ def filter_report(weight: Tensor, threshold: float = 0.95) -> dict[str, Any]:
     singular = torch.linalg.svdvals(flat)
     share = singular / singular.sum().clamp_min(1e-300)
     entropy = -(share * share.clamp_min(1e-300).log()).sum()
-    similarity = gram.abs()
-    if w.dim() > 2:
-        # Cross-correlation of all pairs at all shifts, by one transform of twice the size.
-        size = [2 * k - 1 for k in w.shape[2:]]
-        axes = list(range(2, w.dim()))
-        spectrum = torch.fft.rfftn(rows.reshape(w.shape), size, axes)
-        products = torch.einsum("ai...,bi...->ab...", spectrum, spectrum.conj())
-        similarity = torch.fft.irfftn(products, size, axes).abs().flatten(2).amax(2)
-    pairs = (similarity.triu(1) > threshold).nonzero().tolist()
     return {
         "orthogonality": float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm()),
         "effective_rank": float(entropy.exp()),
-        "duplicates": [tuple(p) for p in pairs],
+        "duplicates": _duplicates(rows.reshape(w.shape), gram, threshold),
     }
+
+
+def _duplicates(unit: Tensor, gram: Tensor, threshold: float) -> list[tuple[int, int]]:
+    """Pairs of filters of unit norm whose |cosine|, at the best shift, is above the threshold."""
+    if unit.dim() == 2:
+        return [(a, b) for a, b in (gram.abs().triu(1) > threshold).nonzero().tolist()]
+    # Cross-correlation at all shifts, by one transform of twice the size. No shift brings a pair above the product of
+    # their magnitude spectra, which is a matrix product for all of them and leaves few pairs to look at.
+    size = [2 * k - 1 for k in unit.shape[2:]]
+    axes = list(range(2, unit.dim()))
+    spectrum = torch.fft.rfftn(unit, size, axes)
+    twice = torch.full((spectrum.shape[-1],), 2.0, dtype=unit.dtype, device=unit.device)
+    twice[0] = 1.0  # an odd size: every frequency but zero stands for two
+    magnitude = (spectrum.abs() * (twice / math.prod(size)).sqrt()).flatten(1)
+    pairs = ((magnitude @ magnitude.T).triu(1) > threshold - 1e-9).nonzero()
+    found = []
+    for some in pairs.split(max(1, 4_000_000 // spectrum[0].numel())) if len(pairs) else ():
+        one, two = spectrum[some[:, 0]], spectrum[some[:, 1]]
+        shifted = torch.fft.irfftn((one * two.conj()).sum(1), size, [a - 1 for a in axes])
+        found += some[shifted.abs().flatten(1).amax(1) > threshold].tolist()
+    return [(a, b) for a, b in found]
