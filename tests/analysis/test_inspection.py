@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from torchconv.analysis import inspection
-from torchconv.analysis.efficiency import block_times, blocks_of
-from torchconv.analysis.inspection import inspect_model, plain, write_report
+from torchconv.analysis.efficiency import _most, block_times, blocks_of
+from torchconv.analysis.inspection import inspect_model, own_size, plain, write_report
 from torchconv.analysis.receptive import section, squares
 from torchconv.analysis.section import Section
 from torchconv.cli import main
@@ -116,6 +116,62 @@ def test_what_fails_is_left_out_and_alarms_come_first(monkeypatch: pytest.Monkey
         inspect_model(network(), image_size=16, only=("c",))
     with pytest.raises(ValueError, match="only"):
         inspect_model(network(), only=("filterz",))
+
+
+def test_a_network_says_what_it_takes_and_refuses_the_rest_in_one_line() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pretrained_cfg = nn.Conv2d(3, 4, 3), {"input_size": (3, 20, 20)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[-1] == 20, "not made\nfor this"
+            out: torch.Tensor = self.conv(x)
+            return out
+
+    assert own_size(Fixed()) == 20
+    assert inspect_model(Fixed(), only=("receptive-field",)).facts["input"] == "3 × 20 × 20"
+    with pytest.raises(ValueError, match=r"does not take them \(AssertionError: not made\); give others"):
+        inspect_model(Fixed(), image_size=24)
+    with pytest.raises(ValueError, match="nothing could be inspected: similarity needs --against"):
+        inspect_model(Fixed(), only=("similarity",))
+    series = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU())
+    assert inspect_model(series, image_size=30, only=("receptive-field",)).facts["input"] == "2 × 30"
+    with pytest.raises(ValueError, match="--data"):
+        inspect_model(nn.Linear(3, 2))
+
+
+def test_time_is_told_by_stage_where_there_are_several() -> None:
+    def row(block: str, ms: float, efficiency: float) -> dict[str, Any]:
+        return {"block": block, "ms": ms, "efficiency": efficiency, "share of time": ms / 10}
+
+    rows = [row("stem", 3, 0.9), row("a.0", 2, 0.1), row("a.1", 2, 0.3), row("b.0", 3, 0.5)]
+    assert _most(rows) == "40 % of the time is spent in a at 20 % efficiency"
+    assert _most([row("a.0", 4, 0.1), row("a.1", 6, 0.3)]) == "60 % of the time is spent in a.1 at 30 % efficiency"
+
+
+def test_weights_for_a_named_network(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    trained = timm.create_model("test_resnet", num_classes=7)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.pth")
+    options = ["--only", "filters", "--size", "64", "-o", str(tmp_path / "page.html"), "--json"]
+    for weights, fresh in (([], True), (["--weights", str(tmp_path / "trained.pth")], False)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", "timm:test_resnet", *weights, *options])
+        assert not stopped.value.code
+        found = json.loads(capsys.readouterr().out)
+        assert ("weights" in found["facts"]) == fresh
+    assert found["facts"]["parameters"] == sum(p.numel() for p in trained.parameters())
+    points = sum(m.kernel_size == (1, 1) for m in trained.modules() if isinstance(m, nn.Conv2d))
+    judged = found["sections"][0]["data"]["layers"]
+    assert len(judged) + points == found["facts"]["convolutions"]
+    assert f"of {len(judged)} layers" in found["verdicts"][0]
+    assert f"{points} convolutions of 1 × 1 not judged" in found["verdicts"][0]
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "timm:test_vit", "--weights", str(tmp_path / "trained.pth"), *options])
+    assert stopped.value.code == 2
+    assert "does not fit" in capsys.readouterr().err
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

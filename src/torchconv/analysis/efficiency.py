@@ -230,7 +230,6 @@ def section(model: nn.Module, x: Tensor) -> Section:
         row["share of time"] = row["ms"] / total
     line = Waterline(tuple(ran.kernels), machine, total / 1e3)
     fused = Waterline(tuple(ran.fused([row["block"] for row in rows])), machine)
-    slowest = max(rows, key=lambda row: row["ms"])
     gaps = efficiency_gap(
         [Timed(r["block"], _ops(counts.by_module[r["block"]]), r["ms"] / 1e3) for r in rows], machine.ops
     )
@@ -255,9 +254,8 @@ def section(model: nn.Module, x: Tensor) -> Section:
     return Section(
         key="efficiency",
         title="Where the time goes",
-        verdict=f"{100 * slowest['share of time']:.0f} % of the time is spent in {slowest['block']} at "
-        f"{100 * slowest['efficiency']:.0f} % efficiency; the whole network runs at "
-        f"{100 * (line.efficiency or 0):.0f} %, memory would allow {100 * line.attainable:.0f} %.",
+        verdict=f"{_most(rows)}; the whole network runs at {100 * (line.efficiency or 0):.0f} %, memory would allow "
+        f"{100 * line.attainable:.0f} %.",
         reading="Efficiency is the time that a block's operations would take at the measured peak of this machine "
         f"({machine.ops / 1e9:.0f} GFLOP/s, a large matrix product), over the time it took, at batch {len(x)}. Memory "
         f"moves {machine.bandwidth / 1e9:.0f} GB/s (a large copy), so that kernels below {machine.waterline:.3g} "
@@ -278,6 +276,20 @@ def section(model: nn.Module, x: Tensor) -> Section:
             "ms": total,
         },
     )
+
+
+def _most(rows: list[dict[str, Any]]) -> str:
+    """Where most of the time goes: the stage, if there are several, and the slowest block."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault(row["block"].rpartition(".")[0] or row["block"], []).append(row)
+    name, stage = max(stages.items(), key=lambda item: sum(row["ms"] for row in item[1]))
+    if len(stage) == 1 or sum(row["ms"] for row in stage) > 0.9 * sum(row["ms"] for row in rows):
+        stage = [max(rows, key=lambda row: row["ms"])]
+        name = stage[0]["block"]
+    ms, share = (sum(row[key] for row in stage) for key in ("ms", "share of time"))
+    efficiency = sum(row["efficiency"] * row["ms"] for row in stage) / ms
+    return f"{100 * share:.0f} % of the time is spent in {name} at {100 * efficiency:.0f} % efficiency"
 
 
 def _ops(work: ModuleCounts) -> int:
@@ -334,6 +346,7 @@ def _picture(rows: list[dict[str, Any]]) -> Picture:
     return Picture(
         "efficiency",
         figure,
-        "A block's width is its time, its height the share of the peak that it reaches; the area is its operations.",
+        "A block's width is its time, its height the share of the peak that it reaches; the area is its operations. "
+        "Pooling and the like take time without operations that count: width, no height.",
         "Bars of the blocks: time against efficiency",
     )

@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from torchconv.analysis import _filterdb_plots as plots
 from torchconv.analysis._filterdb_layers import Layer, Source, layers
 from torchconv.analysis._filterdb_quality import (
@@ -210,7 +212,7 @@ def section(model: Source, *, kernel_size: int | tuple[int, int] | None = None, 
     return Section(
         key="filters",
         title="Filters",
-        verdict=report.sentence(),
+        verdict=_said(report, model),
         reading=READING,
         level=level,
         tables={"layers": rows} if rows else {},
@@ -219,13 +221,27 @@ def section(model: Source, *, kernel_size: int | tuple[int, int] | None = None, 
     )
 
 
+def _said(report: FilterReport, model: Source) -> str:
+    """The sentence of a report, with what was not judged."""
+    if not report.layers:
+        return "There is no 2-D convolution above 1 × 1 whose filters could be judged."
+    words = report.sentence().removesuffix(".").replace("The only layer", "The only 2-D convolution above 1 × 1")
+    few = sum(r.verdict == "too few filters" for r in report.layers)
+    words += f"; {few} {'has' if few == 1 else 'have'} too few filters to say" if few else ""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if isinstance(model, nn.Module) else []
+    points = sum(m.kernel_size == (1, 1) for m in convolutions)
+    words += f"; {points} convolution{'s' * (points > 1)} of 1 × 1 not judged" if points else ""
+    return f"{words}."
+
+
 def _pictures(reports: Sequence[LayerReport]) -> list[Picture]:
     depths = [r.layer.depth_norm for r in reports]
     found = [
         Picture(
             "filters-by-depth",
             plots.by_depth(depths, [r.quality for r in reports]),
-            "A point is a layer. Sparsity should be low; entropy near 1 is random, near 0 a single pattern.",
+            "A point is a layer, the input on the left. Sparsity should be low; entropy near 1 is random, near 0 a "
+            "single pattern; orthogonality near 1 means that outputs share nothing.",
             "Sparsity, entropy and orthogonality of the layers along the depth",
         )
     ]
@@ -233,7 +249,7 @@ def _pictures(reports: Sequence[LayerReport]) -> list[Picture]:
     found.append(
         Picture(
             "filters-of-a-layer",
-            plots.filter_sheet(shown.layer.weight),
+            plots.filter_sheet(shown.layer.weight, most=20),
             f"Kernels of {shown.layer.name} ({shown.verdict}), the layer of least diversity among those most in "
             "question: outputs along x, inputs along y, red positive, blue negative, white near zero.",
             f"Kernels of layer {shown.layer.name}",
@@ -248,8 +264,9 @@ def _pictures(reports: Sequence[LayerReport]) -> list[Picture]:
             Picture(
                 "filters-shift",
                 plots.ridge(compared),
-                f"Distribution of the {size[0]} × {size[1]} kernels in common coordinates, by depth. Rows of the same "
-                "shape mean that depth does not matter; a spike at zero means kernels of one pattern.",
+                f"Distribution of the {size[0]} × {size[1]} kernels in common coordinates, by depth: a column a "
+                "principal component, with its share of the variance. Rows of the same shape mean that depth does not "
+                "matter; a spike at zero means kernels that do not use the component.",
                 "Densities of the kernels' principal coefficients by depth",
             )
         )

@@ -109,7 +109,7 @@ def inspect_model(
     labels: Tensor | None = None,
     names: Sequence[str] = (),
     title: str = "",
-    image_size: int = 224,
+    image_size: int | None = None,
     only: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> Inspection:
@@ -117,14 +117,14 @@ def inspect_model(
 
     Args:
         model: any module that takes images; it is left as it is.
-        images: (N, C, H, W) normalised as it expects them, grey ones as well for a network that takes three channels;
-            eight of unit noise by default.
+        images: (N, C, H, W), or (N, C, *spatial), normalised as it expects them, grey ones as well for a network that
+            takes three channels; eight of unit noise by default.
         against: a second network; with it representations are compared.
         labels: (N,) classes of the images; with them it is measured how well the features transfer, and which
             parts tell the classes apart.
         names: of the classes, for the pictures.
         title: what to call the network.
-        image_size: side of the noise images.
+        image_size: side of the noise images; by default :func:`own_size`, else 224 (32 in three dimensions).
         only: keys of :data:`SECTIONS`; all that apply by default.
         progress: called with a line a section.
 
@@ -132,7 +132,7 @@ def inspect_model(
         The sections, and why others were left out.
 
     Raises:
-        ValueError: an unknown key in ``only``, or no section at all could be made.
+        ValueError: an unknown key in ``only``, images that the network does not take, or no section could be made.
     """
     for key in only:
         check_choice("only", key, SECTIONS)
@@ -147,34 +147,73 @@ def inspect_model(
     left_out: dict[str, str] = {}
     subject = Subject(model, images, against, labels, names)
     try:
-        facts = _facts(model, images[:1])
+        try:
+            facts = _facts(model, images[:1])
+        except Exception as error:
+            raise ValueError(
+                f"images={tuple(images.shape)}: the network does not take them ({_reason(error)}); give others "
+                "(--data), or another side (--size)"
+            ) from error
         for key in only or tuple(SECTIONS):
             say(key)
             try:
                 sections.append(SECTIONS[key](subject))
-            except (ValueError, RuntimeError, ImportError, NotImplementedError, TypeError) as error:
-                left_out[key] = str(error).split("\n")[0]
+            except Exception as error:  # a network may fail in any way; the other sections are still of use
+                left_out[key] = _reason(error)
     finally:
         for module, flag in training:
             module.training = flag
     if not sections:
-        raise ValueError(f"model={title or type(model).__name__}: nothing could be inspected: {left_out}")
+        reasons = "; ".join(f"{key} {why}" for key, why in left_out.items())
+        raise ValueError(f"model={title or type(model).__name__}: nothing could be inspected: {reasons}")
     return Inspection(title or type(model).__name__, facts, sections, left_out)
 
 
+def _reason(error: Exception) -> str:
+    words, kind = str(error).strip().split("\n")[0], type(error).__name__
+    expected = isinstance(error, ValueError | RuntimeError | ImportError)
+    return words if words and expected else f"{kind}: {words}".removesuffix(": ")
+
+
+def own_size(model: nn.Module) -> int | None:
+    """The side of the images that a network was made for, where it says so (timm's and torchvision's do).
+
+    Example:
+        >>> own_size(nn.Conv2d(3, 4, 3)) is None
+        True
+    """
+    configured = getattr(model, "pretrained_cfg", None) or {}
+    sizes = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        getattr(model, "img_size", None),
+        getattr(model, "image_size", None),
+        tuple(configured.get("input_size") or ())[1:] if isinstance(configured, Mapping) else None,
+    )
+    for size in sizes:
+        side = size[0] if isinstance(size, list | tuple) and size else size
+        if isinstance(side, int) and side > 0:
+            return side
+    return None
+
+
+def _first(model: nn.Module) -> Any:
+    return next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+
+
 def _channels(model: nn.Module) -> int | None:
-    """Those of the first 2-D convolution, a network's images."""
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    """Those of the first convolution, a network's images."""
+    first = _first(model)
+    return None if first is None else int(first.in_channels)
 
 
-def _noise(model: nn.Module, size: int) -> Tensor:
-    channels = _channels(model)
-    if channels is None:
-        raise ValueError(f"model={type(model).__name__}: has no 2-D convolution, so images must be given")
-    parameter = next(model.parameters())
-    shape = (8, channels, size, size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(parameter.device, parameter.dtype)
+def _noise(model: nn.Module, size: int | None) -> Tensor:
+    first = _first(model)
+    if first is None:
+        raise ValueError(f"model={type(model).__name__}: has no convolution to take noise by, so give images (--data)")
+    dims = len(first.kernel_size)
+    side = size or own_size(model) or (32 if dims == 3 else 224)
+    noise = torch.randn(8, first.in_channels, *[side] * dims, generator=torch.Generator().manual_seed(0))
+    return noise.to(first.weight.device, first.weight.dtype)
 
 
 def _facts(model: nn.Module, x: Tensor) -> dict[str, Any]:
@@ -185,7 +224,7 @@ def _facts(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "multiply-adds": counts.macs,
         "FLOPs": counts.flops,
         "convolutions": convolutions,
-        "image": "×".join(map(str, x.shape[1:])),
+        "input": " × ".join(map(str, x.shape[1:])),
         "not counted": ", ".join(counts.not_counted) or "nothing",
     }
 
@@ -214,16 +253,17 @@ def write_report(found: Inspection, out: str | Path) -> Path:
             name = f"{section.key}-{picture.name}.png"
             with atomic_write(folder / name) as temporary:
                 temporary.write_bytes(pixels)
-            pictures.append({"picture": picture, "src": base64.b64encode(pixels).decode()})
+            wide = picture.figure.get_figwidth() > 1.6 * picture.figure.get_figheight()
+            pictures.append({"picture": picture, "src": base64.b64encode(pixels).decode(), "wide": wide})
         for name, rows in section.tables.items():
-            write_text(folder / f"{section.key}-{name}.csv", _csv(rows))
+            write_text(folder / f"{section.key}-{name.replace(' ', '-')}.csv", _csv(rows))
         tables = [{"name": n, "columns": list(rows[0]), "rows": rows} for n, rows in section.tables.items() if rows]
         shown.append({"section": section, "pictures": pictures, "tables": tables})
     write_json(folder / "inspection.json", plain(as_data(found)))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     page = environment.from_string((Path(__file__).parent / "_inspection.html").read_text(encoding="utf-8"))
-    write_text(out, page.render(found=found, shown=shown, version=__version__))
+    write_text(out, page.render(found=found, shown=shown, folder=folder.name, version=__version__))
     return out
 
 

@@ -18,7 +18,6 @@ from torchconv.analysis.erf import THRESHOLDS, erf
 from torchconv.analysis.section import Picture, Section
 
 SHARE = 0.5
-SHAPES = ("a stretch", "a square", "a cube")
 
 
 def squares(contribution: Tensor, shares: Sequence[float] = THRESHOLDS) -> list[tuple[int, float]]:
@@ -84,7 +83,7 @@ def section(model: nn.Module, images: Tensor) -> Section:
         key="receptive-field",
         title="What it sees",
         verdict=f"Half of what reaches the centre of {where} comes from {_percent(half)} of the image "
-        f"({SHAPES[found.map.dim() - 1]} of {side}).",
+        f"({' × '.join([str(side)] * found.map.dim())}).",
         reading="Brightness is how much a pixel contributes to the centre of the last feature map (logarithmic, mean "
         "over the images). A wide, even glow means that context reaches the features; a small bright spot means that "
         "the network is local in effect, however deep it is. Measured by gradients (UniRepLKNet, arXiv 2311.15599). "

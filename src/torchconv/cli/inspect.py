@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,13 @@ from rich.console import Console
 
 def inspect(
     model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A checkpoint for a named network (.pth, .safetensors), or 'pretrained' for timm's; fresh ones "
+            "by default."
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Images: a named set, a folder by class, an .npz; noise by default.")
     ] = None,
@@ -20,7 +28,10 @@ def inspect(
         Path, typer.Option("--out", "-o", help="The page to write; a folder of its name stands beside it.")
     ] = Path("inspection.html"),
     only: Annotated[str | None, typer.Option(help="Sections, separated by commas; all that apply by default.")] = None,
-    size: Annotated[int, typer.Option(min=8, help="Side of the images.")] = 224,
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Side of the images; by default the network's own, else that of --data, else 224."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=8, help="At most this many images of --data.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
@@ -28,7 +39,7 @@ def inspect(
 
     [bold]Examples[/bold]
 
-      torchconv inspect timm:resnet18
+      torchconv inspect timm:resnet18 --weights resnet18.pth
 
       torchconv inspect torchconv:unireplknet_a --only filters,receptive-field -o unireplknet.html
 
@@ -36,14 +47,17 @@ def inspect(
 
       torchconv inspect trained/ --data photos/ --only transfer,patterns
     """
-    from torchconv.analysis.inspection import as_data, inspect_model, plain, write_report
-    from torchconv.weights import open_model
+    import torch
 
-    network = open_model(model)
-    other = open_model(against) if against else None
-    images, labels, names = _images(data, size, limit) if data else (None, None, ())
+    from torchconv.analysis.inspection import as_data, inspect_model, plain, write_report
+
+    torch.manual_seed(0)  # fresh weights are the same the next time
     chosen = tuple(s.strip() for s in only.split(",") if s.strip()) if only else ()
-    with Console(stderr=True).status("reading …") as status:
+    with Console(stderr=True).status("opening the network …") as status:
+        network = _network(model, weights)
+        other = _network(against, None) if against else None
+        status.update("reading the images …")
+        images, labels, names = _images(network, data, size, limit) if data else (None, None, ())
         found = inspect_model(
             network,
             images,
@@ -55,23 +69,67 @@ def inspect(
             only=chosen,
             progress=lambda line: status.update(f"looking at {line} …"),
         )
+        if not weights and model.partition(":")[0] in ("timm", "torchconv"):
+            fresh = "fresh, as before training: give --weights, or a saved folder"
+            found = replace(found, facts={"weights": fresh, **found.facts})
         page = write_report(found, out)
     if as_json:
         typer.echo(json.dumps(plain(as_data(found)), indent=2))
         return
     console = Console()
+    if "weights" in found.facts:
+        console.print(f"weights: {found.facts['weights']}", highlight=False, style="dim")
     for verdict in found.verdicts:
-        console.print(f"• {verdict}", highlight=False)
+        console.print(f"• {verdict}", highlight=False, markup=False)
     for key, why in found.left_out.items():
-        console.print(f"left out {key}: {why}", highlight=False, style="dim")
-    console.print(f"report: {page}", highlight=False)
+        console.print(f"left out {key}: {why}", highlight=False, markup=False, style="dim")
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _images(spec: str, size: int, limit: int) -> tuple[Any, Any, tuple[str, ...]]:
+def _network(spec: str, weights: str | None) -> Any:
+    """The network of ``MODEL``, with the checkpoint for it."""
+    from torchconv.weights import load_official, open_model, read_state
+    from torchconv.weights.report import load_into
+
+    source, _, name = spec.partition(":")
+    if weights is None:
+        return open_model(spec)
+    if source not in ("timm", "torchconv"):
+        raise ValueError(f"weights={weights!r}: {spec!r} has its own; they are for timm:NAME and torchconv:NAME")
+    if weights == "pretrained":
+        if source != "timm":
+            raise ValueError("weights='pretrained': is for timm:NAME; give a file for torchconv:NAME")
+        return open_model(spec, pretrained=True)
+    if source == "torchconv":
+        return load_official(name, weights)
+    state = read_state(weights)
+    network: Any = open_model(spec)
+    classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    if head is not None:  # as many classes as the file has
+        network.reset_classifier(len(head))
+    load_into(network, state)
+    return network
+
+
+def _images(network: Any, spec: str, size: int | None, limit: int) -> tuple[Any, Any, tuple[str, ...]]:
+    from torchconv.analysis.inspection import own_size
     from torchconv.data import load, normalise
 
-    found = load(spec, image_size=size, limit=limit)
-    return normalise(found.train.x, found.mean, found.std), found.train.y, found.classes
+    found = load(spec, image_size=size or own_size(network), limit=limit)
+    x, mean, std = found.train.x, found.mean, found.std
+    configured = getattr(network, "pretrained_cfg", None) or {}
+    own_mean, own_std = configured.get("mean"), configured.get("std")
+    if (
+        x.dim() == 4
+        and own_mean
+        and own_std
+        and len(own_mean) == 3
+        and x.shape[1] in (1, 3)
+        and not x.is_floating_point()
+    ):
+        return normalise(x.expand(-1, 3, -1, -1), own_mean, own_std), found.train.y, found.classes
+    return normalise(x, mean, std), found.train.y, found.classes
 
 
 def register(app: typer.Typer) -> None:
