@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.ops.harness import randomise
 from torchconv.models import create_model
-from torchconv.weights import LoadReport, from_pretrained, load, load_official, read_state, save
+from torchconv.weights import LoadReport, check_place, from_pretrained, load, load_official, read_state, save
 
 # Options that a file's shapes must give back.
 NETS: dict[str, dict[str, Any]] = {
@@ -160,3 +160,55 @@ def test_networks_without_a_record(tmp_path: Path) -> None:
         save(net, tmp_path / "net")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load(tmp_path / "nowhere")
+
+
+def test_layers_changed_by_hand_are_saved(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet", num_classes=5)
+    net.reset_classifier(3)
+    net.conv1[0] = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+    net.bn1, net.act1, net.maxpool = nn.GroupNorm(4, net.bn1.num_features), nn.SiLU(), nn.Identity()
+    x = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        expected = randomise(net).eval()(x)
+        loaded: Any = load(save(net, tmp_path / "net"))
+        assert torch.equal(loaded(x), expected)
+        assert loaded.num_classes == 3
+        assert torch.equal(load(save(loaded, tmp_path / "again"))(x), expected)
+    own = create_model("eca_resnet18", num_classes=5)
+    own.fc = nn.Linear(512, 2)
+    assert load(save(own, tmp_path / "own.safetensors")).fc.out_features == 2
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
+    net = create_model("eca_resnet18", num_classes=5)
+    net.fc = nn.Sequential(nn.Dropout(0.1), nn.Linear(512, 5))
+    with pytest.raises(ValueError, match=r"could not be read again, fc \(Sequential\)"):
+        save(net, tmp_path / "net")
+    net = create_model("eca_resnet18", num_classes=5)
+    net.register_buffer("mean", torch.zeros(3))
+    with pytest.raises(ValueError, match=r"mean +in the file"):
+        save(net, tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_and_foreign_files_say_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "empty.safetensors").touch()
+    with pytest.raises(ValueError, match="no whole file of safetensors"):
+        load(tmp_path / "empty.safetensors")
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not say how the network is built"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        load(tmp_path)
+
+
+def test_places_are_looked_at_before_work(tmp_path: Path) -> None:
+    check_place(tmp_path / "new" / "folder")
+    check_place(tmp_path / "new.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below", "file/net.safetensors"):
+        with pytest.raises(NotADirectoryError, match="is a file"):
+            check_place(tmp_path / place)

@@ -6,10 +6,11 @@ Nothing is unpickled beyond tensors: ``.pth`` files are read with ``torch.load(w
 from torchconv.weights.official import load_official
 from torchconv.weights.reading import read_state
 from torchconv.weights.report import LoadReport, compare_states, load_into
-from torchconv.weights.store import from_pretrained, load, open_model, push_to_hub, save
+from torchconv.weights.store import check_place, from_pretrained, load, open_model, push_to_hub, save
 
 __all__ = [
     "LoadReport",
+    "check_place",
     "compare_states",
     "from_pretrained",
     "load",

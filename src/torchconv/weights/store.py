@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchconv._common import atomic_write, check, did_you_mean, require, write_json
 from torchconv._version import __version__
-from torchconv.weights.report import load_into
+from torchconv.weights.report import compare_states, load_into
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
@@ -38,7 +41,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
     try:
         text = json.dumps(config)
     except TypeError as error:
-        raise ValueError(f"model={type(model).__name__}: an option cannot be written as JSON ({error})") from None
+        remedy = "give names instead of classes, as in act_layer='silu'"
+        raise ValueError(
+            f"model={type(model).__name__}: an option cannot be written as JSON ({error}); {remedy}"
+        ) from None
     return {"format": "torchconv", "version": __version__, **json.loads(text)}
 
 
@@ -79,16 +85,123 @@ def save(model: nn.Module, where: str | Path) -> Path:
         ``where``, for :func:`load`.
 
     Raises:
-        ValueError: the network has no record of how it was built.
+        ValueError: the network has no record of how it was built, or is no longer what the record says.
+        OSError: nothing can be written there.
     """
     where = Path(where)
-    alone = where.suffix == ".safetensors" and not where.is_dir()
-    config = describe(model)
+    alone = _alone(where)
+    config = _as_it_is(model, describe(model))
     with atomic_write(where if alone else where / TENSORS) as temporary:
         save_file(_own(model.state_dict()), temporary, metadata={"format": "pt", "config": json.dumps(config)})
     if not alone:
         write_json(where / CONFIG, config)
     return where
+
+
+def check_place(where: str | Path) -> None:
+    """See that :func:`save` can write there, before long work.
+
+    Raises:
+        OSError: it cannot.
+    """
+    where = Path(where)
+    folder = where.parent if _alone(where) else where
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"out={str(where)!r}: {folder} is a file; name another folder, or *.safetensors")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"out={str(where)!r}: nothing can be written in {folder} ({error.strerror})") from None
+
+
+def _alone(where: Path) -> bool:
+    return where.suffix == ".safetensors" and not where.is_dir()
+
+
+def _as_it_is(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with what was changed by hand since: the number of classes, and layers of torch.nn (heads, stems).
+
+    Raises:
+        ValueError: the network is another than ``config`` builds, in more than those.
+    """
+    built = _structure(config)
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int) and classes != getattr(built, "num_classes", classes):
+        config = {**config, "options": {**config.get("options", {}), "num_classes": classes}}
+        built = _structure(config)
+    edits, foreign = [], []
+    for path, module in model.named_modules():
+        if not _alike(module, _at(built, path)):
+            edit = _replacement(path, module) if _at(built, path) is not None else None
+            edits += [edit] if edit else []
+            foreign += [] if edit else [f"{path} ({type(module).__name__})"]
+    if edits and not foreign:
+        config = {**config, "edits": [*config.get("edits", []), *edits]}
+        built = _structure(config)
+    report = compare_states(built, model.state_dict())
+    if foreign or not report.complete:
+        what = (
+            f"{', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''} was put in by hand" if foreign else str(report)
+        )
+        remedy = (
+            "build the network with the options that make it so, or keep its state dict and the code that builds it"
+        )
+        raise ValueError(f"model={type(model).__name__}: could not be read again, {what}; {remedy}")
+    return config
+
+
+def _structure(config: dict[str, Any]) -> nn.Module:
+    """What ``config`` builds, without numbers where that can be done."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build(config)
+        except Exception:  # a constructor or an edit that computes with its numbers
+            return build(config)
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _alike(a: nn.Module, b: nn.Module | None) -> bool:
+    """Whether two modules are of one class and, where they are layers of torch.nn, of one make."""
+    if b is None or _class(a) != _class(b):
+        return False
+    return not _is_layer(a) or (repr(a), _shapes(a)) == (repr(b), _shapes(b))
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return _class(module).startswith("torch.nn.modules.") and not any(True for _ in module.children())
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape) for name, tensor in module.state_dict().items()]
+
+
+def _replacement(path: str, module: nn.Module) -> dict[str, Any] | None:
+    """The edit that puts a layer of torch.nn in its place, if its attributes say how it was built."""
+    if not path or not _is_layer(module):
+        return None
+    options = {n: vars(module)[n] for n in inspect.signature(type(module)).parameters if n in vars(module)}
+    if "bias" in inspect.signature(type(module)).parameters:
+        options["bias"] = getattr(module, "bias", None) is not None
+    try:
+        with torch.device("meta"):
+            again = type(module)(**json.loads(json.dumps(options)))
+    except (TypeError, ValueError):
+        return None
+    edit = {"verb": "replace", "path": path, "class": f"torch.nn.{type(module).__name__}", "options": options}
+    return edit if _alike(module, again) else None
 
 
 def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,18 +225,13 @@ def load(path: str | Path, *, device: Any = "cpu") -> nn.Module:
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: the description is missing, or the tensors do not fit it.
+        ValueError: a file is damaged, the description is missing, or the tensors do not fit it.
     """
     path = Path(path)
     file = path / TENSORS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: holds no {TENSORS}")
-    beside = file.parent / CONFIG
-    if path.is_dir() and beside.is_file():
-        config = json.loads(beside.read_text(encoding="utf-8"))
-    else:
-        with safe_open(file, "pt") as opened:
-            config = json.loads((opened.metadata() or {}).get("config", "{}"))
+    config = _description(path, file)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are replaced
         model = build(config)
     tensors = load_file(file)
@@ -132,6 +240,28 @@ def load(path: str | Path, *, device: Any = "cpu") -> nn.Module:
         model = model.to(first.dtype)
     load_into(model, tensors)
     return model.eval().to(device)
+
+
+def _description(path: Path, file: Path) -> dict[str, Any]:
+    beside = file.parent / CONFIG
+    try:
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get("config", "")
+    except SafetensorError as error:
+        remedy = (
+            "for an authors' checkpoint use torchconv.weights.load_official, or load it into a network and save that"
+        )
+        raise ValueError(f"path={str(path)!r}: is no whole file of safetensors ({error}); {remedy}") from None
+    if path.is_dir() and beside.is_file():
+        text, file = beside.read_text(encoding="utf-8"), beside
+    try:
+        config = json.loads(text) if text else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"path={str(file)!r}: is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        remedy = "load the tensors into the network that they belong to, and save that by torchconv.weights.save"
+        raise ValueError(f"path={str(file)!r}: does not say how the network is built; {remedy}")
+    return config
 
 
 def from_pretrained(
@@ -160,8 +290,6 @@ def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, mes
     Returns:
         The address of the commit.
     """
-    import tempfile
-
     hub = require("huggingface_hub", "hub")
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
