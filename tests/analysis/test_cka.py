@@ -337,6 +337,9 @@ def test_reductions() -> None:
     torch.testing.assert_close(lib.Reduction(layout="first")(tokens), tokens.mean(2))
     torch.testing.assert_close(lib.Reduction()(maps), maps.mean((2, 3)))
     torch.testing.assert_close(lib.Reduction(layout="last")(maps), maps.mean((1, 2)))
+    square = torch.randn(2, 5, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(lib.Reduction()(square), square.mean((1, 2)))
+    torch.testing.assert_close(lib.Reduction()(square.movedim(-1, 1)), square.mean((1, 2)))
     torch.testing.assert_close(lib.Reduction("samples")(maps)[:6], maps[0].flatten(1).T)
     projected = lib.Reduction("random", size=4000)(maps)
     torch.testing.assert_close(projected @ projected.T, maps.flatten(1) @ maps.flatten(1).T, rtol=0.2, atol=3.0)
@@ -412,8 +415,8 @@ def test_section_of_the_report(tmp_path: Path) -> None:
 
 
 def test_trained_networks_agree_stage_by_stage() -> None:
-    from torchconv.claims._support import trained_resnets
-    from torchconv.claims.cka import _network, cat_view
+    from torchconv.claims._support import cifar_resnet, trained_resnets
+    from torchconv.claims.cka import cat_view
 
     files = trained_resnets()
     images = next(Path(os.environ.get("TORCHCONV_DATA", "nowhere")).glob("cifar10_lossless/*.npz"), None)
@@ -425,7 +428,7 @@ def test_trained_networks_agree_stage_by_stage() -> None:
     assert cat_view(pixels, 0.5).shape == pixels.shape
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x = (pixels - mean) / deviation
-    small, large = _network(20, files[20]), _network(56, files[56])
+    small, large = cifar_resnet(20, files[20]), cifar_resnet(56, files[56])
     with torch.no_grad():
         assert int((small(x).argmax(1) == labels).sum()) == 94
     section = lib.section(small, large, x)
@@ -433,3 +436,13 @@ def test_trained_networks_agree_stage_by_stage() -> None:
     best = [(str(r["layer"])[:6], str(r["most similar layer of the other"])[:6]) for r in found]
     assert sum(a == b for a, b in best) >= 8
     assert section.data["cka"][0, -1] < 0.5 < section.data["cka"][-1, -1]
+
+
+def test_section_of_series_averages_over_time() -> None:
+    torch.manual_seed(0)
+    one, two = (nn.Sequential(nn.Conv1d(2, 6, 5), nn.ReLU(), nn.Conv1d(6, 4, 5)) for _ in range(2))
+    series = torch.randn(40, 2, 30)
+    found = lib.section(one, two, series).data["cka"]
+    want = lib.compare_layers(one, two, series, reduction=lib.Reduction(layout="first")).values
+    torch.testing.assert_close(found, want)
+    assert not torch.allclose(want, lib.compare_layers(one, two, series).values)

@@ -408,3 +408,15 @@ def test_section_says_what_it_needs() -> None:
         study_patterns(model, images[:12], labels[:12])
     with pytest.raises(ValueError, match="labels="):
         study_patterns(model, images, labels[:3])
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(images.shape[1], 16, 4, 4), nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2))
+            return y
+
+    with pytest.raises(ValueError, match="layer='norm': is not channels first"):
+        study_patterns(Last(), images, labels)

@@ -23,7 +23,8 @@ class Reduction:
     Attributes:
         how: "mean" over positions (tokens after ``prefix``), "flatten", "cls" (the first token), "samples" (every
             position a row of its own: more rows, no longer independent), "random" (Gaussian projection of "flatten").
-        layout: where channels stand: "first", "last", or "auto": last for (B, T, D), else first.
+        layout: where channels stand: "first", "last", or "auto": last for tokens (B, T, D) and for square maps
+            (B, H, H, D) that can be no map (B, D, H, H), else first.
         prefix: tokens in front that are no patches; "mean" and "samples" leave them out. For channels-last outputs
             with one position axis.
         size: columns of "random".
@@ -45,7 +46,7 @@ class Reduction:
     def __call__(self, output: Tensor) -> Tensor:
         """(B, …) → rows in float64, never a view of the output."""
         output = output.detach()
-        last = self.layout == "last" or (self.layout == "auto" and output.dim() == 3)
+        last = self.layout == "last" or (self.layout == "auto" and _channels_last(output.shape))
         if self.how == "cls":
             check(output.dim() == 3 and last, "how", "cls", f"needs tokens (B, T, D), not {tuple(output.shape)}")
             return output[:, 0].to(torch.float64, copy=True)
@@ -68,6 +69,11 @@ class Reduction:
             matrix = torch.randn(part.shape[1], self.size, generator=generator)
             total += part.double() @ matrix.to(rows.device, torch.float64)
         return total / self.size**0.5
+
+
+def _channels_last(shape: Sequence[int]) -> bool:
+    """Tokens, or a square map with its channels behind it, as in Swin."""
+    return len(shape) == 3 or (len(shape) == 4 and shape[1] == shape[2] != shape[3] and shape[2] > 1)
 
 
 def blocks(model: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ from torchconv.analysis._patternnet_mining import (
     mine_patterns,
 )
 from torchconv.analysis.erf import erf
+from torchconv.analysis.receptive import squares
 from torchconv.analysis.section import Picture, Section
 
 FEWEST = 10
@@ -77,12 +78,16 @@ def study_patterns(model: nn.Module, images: Tensor, labels: Tensor, *, layer: s
     check(len(classes) > 1, "labels", dict(zip(values.tolist(), counts.tolist(), strict=True)), remedy)
     train, rest = _split(labels.cpu(), classes)
     seen = erf(model, images[train[:4]], layer)
+    remedy = (
+        "is not channels first; name a layer of a convolutional network whose channels say by themselves what is where"
+    )
+    check(seen.layout == "first", "layer", seen.layer, remedy)
     index = torch.full((max(classes) + 1,), -1)
     index[torch.tensor(classes)] = torch.arange(len(classes))
     y, test_y = index[labels.cpu()[train]], index[labels.cpu()[rest]]
     maps, test_maps = (FeatureMaps(model, images[rows], seen.layer) for rows in (train, rest))
     responses = largest_responses(maps)
-    geometry = _geometry(model, images[:1], maps, seen.sides[0.5])
+    geometry = _geometry(model, images[:1], maps, squares(seen.map, [0.5])[0][0])
     head = fit_head(responses, y, len(classes))
     mined = {q: mine_patterns(maps, y, head, sizes=(2, 3), quantile=q, geometry=geometry) for q in QUANTILES}
     quantile = max(QUANTILES, key=lambda q: _worth(mined[q], len(classes)))

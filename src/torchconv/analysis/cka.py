@@ -240,7 +240,8 @@ def section(model: nn.Module, against: nn.Module, images: Tensor) -> Section:
         Heat map of CKA of all layers, the most similar layer of each.
     """
     check(len(images) >= 8, "images", len(images), "give at least 8 images to compare networks")
-    table = compare_layers(model, against, images)
+    series = images.dim() == 3 and any(isinstance(m, nn.Conv1d) for m in model.modules())
+    table = compare_layers(model, against, images, reduction=Reduction(layout="first" if series else "auto"))
     best = [(a, b, v) for a, b, v in table.best() if v >= -1]
     check(bool(best), "images", tuple(images.shape), "no layer varies over these images")
     pairs = [{"layer": a, "most similar layer of the other": b, "CKA": round(v, 4)} for a, b, v in best]

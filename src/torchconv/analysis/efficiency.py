@@ -284,7 +284,7 @@ def _most(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         stages.setdefault(row["block"].rpartition(".")[0] or row["block"], []).append(row)
     name, stage = max(stages.items(), key=lambda item: sum(row["ms"] for row in item[1]))
-    if len(stage) == 1 or sum(row["ms"] for row in stage) > 0.9 * sum(row["ms"] for row in rows):
+    if len(stage) == 1 or sum(row["ms"] for row in stage) > 0.75 * sum(row["ms"] for row in rows):
         stage = [max(rows, key=lambda row: row["ms"])]
         name = stage[0]["block"]
     ms, share = (sum(row[key] for row in stage) for key in ("ms", "share of time"))

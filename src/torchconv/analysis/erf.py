@@ -41,6 +41,7 @@ class ERFResult:
         layer: the name of the layer whose output was taken, "" for the model's own output.
         images: how many images are in the mean.
         skipped: how many were left out because their map was not finite.
+        layout: where that layer's output has its channels: "first", "last", or "tokens", in rows of patches.
     """
 
     map: Tensor
@@ -50,6 +51,7 @@ class ERFResult:
     layer: str = ""
     images: int = 0
     skipped: int = 0
+    layout: str = "first"
 
 
 def high_contribution(
@@ -354,4 +356,6 @@ def erf(
     mean = total / images_used
     log_map = log_normalised(mean)
     sides, ratios = high_contribution(log_map, thresholds)
-    return ERFResult(mean.to(dtype), log_map.to(dtype), sides, ratios, tap.layer, images_used, skipped)
+    return ERFResult(
+        mean.to(dtype), log_map.to(dtype), sides, ratios, tap.layer, images_used, skipped, tap.reading or "first"
+    )

@@ -246,12 +246,13 @@ def _pictures(reports: Sequence[LayerReport]) -> list[Picture]:
         )
     ]
     shown = min(reports, key=lambda r: (r.verdict not in DEGENERATE, r.quality.variance_entropy))
+    among = " among the degenerate ones" if shown.verdict in DEGENERATE else ""
     found.append(
         Picture(
             "filters-of-a-layer",
             plots.filter_sheet(shown.layer.weight, most=20),
-            f"Kernels of {shown.layer.name} ({shown.verdict}), the layer of least diversity among those most in "
-            "question: outputs along x, inputs along y, red positive, blue negative, white near zero.",
+            f"Kernels of {shown.layer.name} ({shown.verdict}), the layer of least diversity{among}: outputs along x, "
+            "inputs along y, red positive, blue negative, white near zero.",
             f"Kernels of layer {shown.layer.name}",
         )
     )

@@ -162,7 +162,7 @@ def section(model: nn.Module, images: Tensor, labels: Tensor, *, draws: int = 10
         reading="What the classifier would get is read, normalised, and given to linear SVMs (C: one over the variance "
         "of the features); the network is not trained further. The distance to the same network with random weights is "
         "what its training is worth for these classes; pixels say how hard they are. A curve that is high on its left "
-        "needs few labels (arXiv 1403.6382).",
+        "needs few labels. Images that the network was trained on flatter it (arXiv 1403.6382).",
         level=level,
         tables={
             "accuracy": [

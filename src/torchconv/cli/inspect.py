@@ -49,10 +49,13 @@ def inspect(
     """
     import torch
 
-    from torchconv.analysis.inspection import as_data, inspect_model, plain, write_report
+    from torchconv._common import check_choice
+    from torchconv.analysis.inspection import SECTIONS, as_data, inspect_model, plain, write_report
 
     torch.manual_seed(0)  # fresh weights are the same the next time
     chosen = tuple(s.strip() for s in only.split(",") if s.strip()) if only else ()
+    for key in chosen:
+        check_choice("only", key, SECTIONS)
     with Console(stderr=True).status("opening the network …") as status:
         network = _network(model, weights)
         other = _network(against, None) if against else None
@@ -89,7 +92,6 @@ def inspect(
 def _network(spec: str, weights: str | None) -> Any:
     """The network of ``MODEL``, with the checkpoint for it."""
     from torchconv.weights import load_official, open_model, read_state
-    from torchconv.weights.report import load_into
 
     source, _, name = spec.partition(":")
     if weights is None:
@@ -100,13 +102,22 @@ def _network(spec: str, weights: str | None) -> Any:
         if source != "timm":
             raise ValueError("weights='pretrained': is for timm:NAME; give a file for torchconv:NAME")
         return open_model(spec, pretrained=True)
-    if source == "torchconv":
-        return load_official(name, weights)
-    state = read_state(weights)
+    try:
+        return load_official(name, weights) if source == "torchconv" else _timm(spec, read_state(weights))
+    except ValueError as error:  # every tensor that does not fit has a line of its own
+        first, *others = str(error).split("\n")
+        more = f"; {others[0].strip()}; and {len(others) - 1} more" if others else ""
+        raise ValueError(f"weights={weights!r}: {first}{more}") from error
+
+
+def _timm(spec: str, state: dict[str, Any]) -> Any:
+    """A network of timm with a state, and as many classes as it has."""
+    from torchconv.weights import load_into, open_model
+
     network: Any = open_model(spec)
     classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
     head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-    if head is not None:  # as many classes as the file has
+    if head is not None:
         network.reset_classifier(len(head))
     load_into(network, state)
     return network
