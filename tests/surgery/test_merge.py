@@ -162,6 +162,12 @@ def test_computed_parameters_become_plain() -> None:
     assert norms(fast) == 0
     torch.testing.assert_close(fast(noise(2, 3, 8, 8)), model(noise(2, 3, 8, 8)))
     assert norms(merge(model, fold=False)) == 1
+    behind = settle(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    plain: Any = merge(behind)
+    assert norms(plain) == 0
+    assert isinstance(plain[0].weight, nn.Parameter)
+    assert plain[0].weight.requires_grad
+    torch.testing.assert_close(plain(noise(2, 3, 8, 8)), behind(noise(2, 3, 8, 8)))
     assert torch.nn.utils.parametrize.is_parametrized(model[0]), "the original is left as it is"
 
 

@@ -216,3 +216,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     assert "1 stacks in parallel form, truncated at order 2" in capsys.readouterr().out
     assert load(out).stack.order == 2  # type: ignore[union-attr]
+
+
+def test_stacks_that_add_nothing_are_called_so() -> None:
+    report = str(changed(stack(3, scale=0.0)).parallelise_report)
+    assert "1 of 1 stacks add nothing" in report
+    assert "add nothing" not in str(changed(stack(3)).parallelise_report)
+
+
+def test_a_sum_with_a_product_counts() -> None:
+    net = create_model("eca_resnet18", num_classes=3).eval()
+    wide: Any = parallelise(net, example=torch.randn(1, 3, 32, 32))
+    assert [row.blocks for row in wide.parallelise_report.stacks] == [("layer1.0", "layer1.1")]

@@ -174,3 +174,44 @@ def test_a_swapped_network_trains_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(from_pretrained(tmp_path / "resnet")(x), changed(x))
     changed.train()(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(p.grad is not None for p in changed.parameters())
+
+
+class _ReadsItsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(self.a(x), self.b.weight, padding=1)
+
+
+def test_kernels_that_are_not_a_layer_s_own_stay() -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)))
+    model[2].weight = model[1].weight
+    torch.nn.utils.spectral_norm(model[3])
+    with pytest.raises(ValueError, match=r"1, 2: another module has the same parameter; 3: a hook computes its weight"):
+        swap(model, "dcls")
+    with pytest.raises(ValueError, match=r"does not run with dcls: .*; leave b out"):
+        swap(_ReadsItsWeight(), "dcls", example=torch.randn(1, 3, 8, 8))
+
+
+def test_hooks_do_not_disturb_the_comparison_of_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    calls: list[int] = []
+    model[1].register_forward_hook(lambda module, args, out: calls.append(1) or out * 2)
+    new: Any = swap(model, "dcls")
+    assert [row.transfer for row in new.swap_report.layers] == ["exact"]
+    assert calls == []
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.allclose(new(x), model(x), atol=1e-5)
+
+
+def test_compiled_scripted_and_lazy_networks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    new: Any = swap(torch.compile(model, backend="eager"), "dcls", example=torch.randn(1, 3, 8, 8))
+    assert isinstance(new, nn.Sequential)
+    assert new.swap_report.difference < 1e-5
+    with pytest.raises(ValueError, match="TorchScript cannot be changed"):
+        swap(torch.jit.trace(model, torch.randn(1, 3, 8, 8)), "dcls")
+    with pytest.raises(ValueError, match=r"0.weight has no shape yet"):
+        swap(nn.Sequential(nn.LazyConv2d(4, 3)), "dcls")

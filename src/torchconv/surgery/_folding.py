@@ -177,7 +177,11 @@ def unparametrize(model: nn.Module, edit: Edit) -> None:
         own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         layer.__class__ = type(cls.__name__, cls.__bases__, own)
         for name in list(layer.parametrizations):
+            learned = any(p.requires_grad for p in layer.parametrizations[name].parameters())
             parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+            if name in layer._buffers:  # of several tensors PyTorch makes a buffer where gradients are off
+                value = layer._buffers.pop(name)
+                layer.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=learned))
 
 
 def parametrized(model: nn.Module) -> list[Edit]:

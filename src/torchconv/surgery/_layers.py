@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from torchconv.surgery._probe import run
 
@@ -79,3 +82,47 @@ def inputs_of(model: nn.Module, names: Iterable[str], example: Any) -> dict[str,
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """‖ours − theirs‖ / ‖theirs‖."""
     return float((ours - theirs).norm()) / (float(theirs.norm()) or 1.0)
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy to change; of a compiled network that of the network inside, which is compiled again where that is wanted.
+
+    Raises:
+        ValueError: TorchScript, which cannot be changed, or a network whose parameters have no values yet.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: TorchScript cannot be changed; give the nn.Module that it was made from")
+    lazy = next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise ValueError(f"model: {lazy} has no shape yet; call the network once first")
+    inner = getattr(model, "_orig_mod", None)  # torch.compile(model)
+    return copy.deepcopy(inner if isinstance(inner, nn.Module) else model)
+
+
+def tied(model: nn.Module) -> set[int]:
+    """Ids of parameters that more than one module has."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, times in seen.items() if times > 1}
+
+
+def check_own_kernel(conv: Any, shared: set[int]) -> None:
+    """Raise ``ValueError`` unless the kernel of ``conv`` is computed by nobody else's code and is nobody else's too."""
+    if not parametrize.is_parametrized(conv) and "weight" not in conv._parameters:
+        raise ValueError("a hook computes its weight; use torch.nn.utils.parametrizations or remove the hook first")
+    if any(id(p) in shared for p in conv.parameters(recurse=False)):
+        raise ValueError("another module has the same parameter")
+
+
+def grouped(kept: Mapping[str, str]) -> str:
+    """Why layers were kept, each reason once."""
+    paths: dict[str, list[str]] = {}
+    for path, why in kept.items():
+        paths.setdefault(why, []).append(path or "the network")
+    return "; ".join(
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {why}"
+        for why, names in paths.items()
+    )

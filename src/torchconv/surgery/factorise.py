@@ -22,7 +22,16 @@ from torchconv.ops._common import CONV
 from torchconv.ops._factored import EXECUTIONS
 from torchconv.ops.apriori import FORMS, APrioriConv, APrioriConv1d, APrioriConv2d, APrioriConv3d
 from torchconv.ops.factorise import choose_rank, factorise_kernel
-from torchconv.surgery._layers import Where, convolutions, distance, inputs_of
+from torchconv.surgery._layers import (
+    Where,
+    check_own_kernel,
+    convolutions,
+    distance,
+    grouped,
+    inputs_of,
+    own_copy,
+    tied,
+)
 from torchconv.surgery._probe import difference, run
 from torchconv.surgery.structure import Edit, note, put, verb
 
@@ -153,15 +162,16 @@ def factorise(
     check(energy is None or 0 < energy <= 1, "energy", energy, "must be in (0, 1]")
     if where is None:
         where = "all" if isinstance(rank, Mapping) else "spatial"
-    new = copy.deepcopy(model)
+    new = own_copy(model)
+    model = getattr(model, "_orig_mod", model)
     asked = _ranks(convolutions(new, where), rank)
-    tied = _tied(new)
+    shared = tied(new)
     kept: dict[str, str] = {}
     made: dict[str, APrioriConv] = {}
     for path, wish in asked.items():
         conv: Any = new.get_submodule(path)
         try:
-            _check_plain(conv, tied)
+            _check_plain(conv, shared)
             made[path] = _fit(conv, wish, energy, form, force, execute)
         except ValueError as error:
             kept[path] = str(error)
@@ -170,7 +180,7 @@ def factorise(
         idle = [path for path in made if path not in inputs]
         kept |= dict.fromkeys(idle, "the example does not pass through it; another module may read its weight")
         made = {path: layer for path, layer in made.items() if path in inputs}
-    reasons = "; ".join(f"{p}: {why}" for p, why in kept.items()) or f"where={where!r} matches no convolution"
+    reasons = grouped(kept) or f"where={where!r} matches no convolution"
     check(bool(made), "form", form, f"no layer was factorised ({reasons})")
     layers = [_judge(path, new.get_submodule(path), layer, inputs.get(path)) for path, layer in made.items()]
     edits: list[Edit] = []
@@ -228,26 +238,13 @@ def _check_rank(rank: Rank | None) -> None:
         check(ok, "rank", rank, "must be a positive int, a share in (0, 1], a pair of ints, or a dict of those")
 
 
-def _tied(model: nn.Module) -> set[int]:
-    """Ids of parameters that more than one module has."""
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    return {key for key, times in seen.items() if times > 1}
-
-
-def _check_plain(conv: Any, tied: set[int]) -> None:
+def _check_plain(conv: Any, shared: set[int]) -> None:
     kind = type(conv).__mro__[1] if parametrize.is_parametrized(conv) else type(conv)
     if kind not in CONV:
         raise ValueError(f"{kind.__name__} computes its kernel or its padding in its own way")
     if conv.padding_mode != "zeros":
         raise ValueError(f"padding_mode={conv.padding_mode!r} is not zeros")
-    if not parametrize.is_parametrized(conv) and "weight" not in conv._parameters:
-        raise ValueError("a hook computes its weight; use torch.nn.utils.parametrizations or remove the hook first")
-    if any(id(p) in tied for p in conv.parameters(recurse=False)):
-        raise ValueError("another module has the same parameter")
+    check_own_kernel(conv, shared)
 
 
 def _fit(

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchconv._common import check
 from torchconv.surgery._dataflow import watch
 from torchconv.surgery._folding import foldable, is_norm, parametrized
+from torchconv.surgery._layers import own_copy
 from torchconv.surgery._probe import another, difference, make_up, run
 from torchconv.surgery.structure import Edit, apply_edits, has_hooks, note, put, verb
 
@@ -144,7 +145,8 @@ def merge(
         (['Conv2d', 'Identity', 'ReLU'], 1)
     """
     check(tolerance > 0, "tolerance", tolerance, "must be positive")
-    base = copy.deepcopy(model).eval()
+    base = own_copy(model).eval()
+    model = getattr(model, "_orig_mod", model)
     asked = example is not None
     if not asked:
         example = make_up(base)

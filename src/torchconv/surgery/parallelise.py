@@ -18,7 +18,6 @@ all. So the error is measured, and reported.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.ops.shallow import ParallelResidual, residual_stack
-from torchconv.surgery._layers import Where, chosen, distance, exchange
+from torchconv.surgery._layers import Where, chosen, distance, exchange, own_copy
 from torchconv.surgery._probe import difference, make_up, run
 from torchconv.surgery._residual import ResidualCall, find_runs, watch
 from torchconv.surgery.structure import Edit, note, put, verb
 
 ORDERS = (1, 2)
 SAME = 1e-5
+SILENT = 1e-5  # gain under which a block adds nothing
 
 
 class ParallelBlocks(nn.Module):
@@ -151,6 +151,12 @@ class ParalleliseReport:
                 f"  {row.path:<{width}}  {len(row.blocks)} blocks{ends}  error {row.error:.3f} "
                 f"(without the stack {row.lost:.3f})  gains {gains}"
             )
+        silent = sum(max(row.gains) < SILENT for row in self.stacks)
+        if silent:
+            lines.append(
+                f"  {silent} of {len(self.stacks)} stacks add nothing (gains below {SILENT:g}), so that errors say nothing "
+                "of them: residual branches that start at zero, as in fresh networks of timm, must be trained first"
+            )
         lines += [f"  {path}: kept, {why}" for path, why in self.kept.items()]
         lines.append(f"output differs by {self.difference:.2e} of its largest value on the example")
         return "\n".join(lines)
@@ -198,7 +204,8 @@ def parallelise(
     if size is not None:
         check_positive("size", size)
         check(size > 1, "size", size, "a stack has two blocks at least")
-    new = copy.deepcopy(model)
+    new = own_copy(model)
+    model = getattr(model, "_orig_mod", model)
     modes = {module: module.training for module in new.modules()}
     new.eval()
     if example is None:

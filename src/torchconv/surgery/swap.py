@@ -20,7 +20,7 @@ from torchconv.ops import as_conv
 from torchconv.ops._common import CONV, resolve_padding
 from torchconv.ops.roles import options_of
 from torchconv.surgery._budget import FREE, TOLERANCE, left_out, nearest
-from torchconv.surgery._layers import Where, convolutions
+from torchconv.surgery._layers import Where, check_own_kernel, convolutions, grouped, inputs_of, own_copy, tied
 from torchconv.surgery._probe import difference, run
 from torchconv.surgery.structure import Edit, note, put, verb
 
@@ -112,16 +112,19 @@ def swap(
     announced = operator(to)
     if match is not None:
         check_choice("match", match, ("params",))
-    new = copy.deepcopy(model)
+    new = own_copy(model)
+    model = getattr(model, "_orig_mod", model)
     chosen = convolutions(new, where)
     swapped: dict[str, tuple[SwappedLayer, nn.Module, Edit]] = {}
     changes: dict[str, int] = {}
     kept: dict[str, str] = {}
+    shared = tied(new)
     # For a budget the largest first, so that smaller ones make up for what larger ones miss.
     order = sorted(chosen, key=lambda path: -_count(chosen[path])) if match else list(chosen)
     for path in order:
         conv = chosen[path]
         try:
+            check_own_kernel(conv, shared)
             edit: Edit = {"verb": "swap", "path": path, "to": to, "settings": _settings(announced, conv, options)}
             if match and to in FREE and FREE[to] not in options:
                 _fit(conv, edit, FREE[to], _count(conv) - sum(changes.values()))
@@ -132,7 +135,7 @@ def swap(
             changes[path] = _count(made) - _count(conv)
         except ValueError as error:
             kept[path] = str(error)
-    reasons = "; ".join(f"{p}: {why}" for p, why in kept.items()) or f"where={where!r} matches no convolution"
+    reasons = grouped(kept) or f"where={where!r} matches no convolution"
     check(bool(swapped), "to", to, f"no layer could be replaced ({reasons})")
     if match:
         for path in left_out(changes, TOLERANCE * _count(model)):
@@ -145,7 +148,13 @@ def swap(
             put(new, path, swapped[path][1])
     apart = None
     if example is not None:
-        before, after = (run(copy.deepcopy(m).eval(), example) for m in (model, new))
+        before = run(copy.deepcopy(model).eval(), example)
+        try:
+            after = run(copy.deepcopy(new).eval(), example)
+        except Exception as error:  # a network that reads a layer's weight itself fails in its own way
+            idle = [path for path in swapped if path not in inputs_of(copy.deepcopy(model).eval(), swapped, example)]
+            remedy = f"leave {', '.join(idle[:3])} out" if idle else "leave out the layer that it reads by itself"
+            raise ValueError(f"where={where!r}: the network does not run with {to}: {error}; {remedy}") from error
         apart = difference(after, before)
     rows = [swapped[path] for path in chosen if path in swapped]
     report = SwapReport([row for row, _, _ in rows], kept, apart, (_count(model), _count(new)))
@@ -321,7 +330,8 @@ def _judge(path: str, conv: Any, made: nn.Module, keep_weights: bool) -> Swapped
     reach = [2 * (d * (k - 1) + 1) + s for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)]
     noise = torch.randn(2, conv.in_channels, *reach, generator=torch.Generator().manual_seed(0))
     noise = noise.to(conv.weight.device, conv.weight.dtype)
-    ours, theirs = (copy.deepcopy(m).eval()(noise) for m in (made, conv))
+    theirs = conv._conv_forward(noise, conv.weight, conv.bias)  # without its hooks, which stay in its place
+    ours = copy.deepcopy(made).eval()(noise)
     if ours.shape != theirs.shape:
         raise ValueError(f"the operator gives {tuple(ours.shape)}, the convolution {tuple(theirs.shape)}")
     apart = difference(ours, theirs)
