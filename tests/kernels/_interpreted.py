@@ -120,7 +120,7 @@ def resample() -> None:
     ]
     for batch, channels, groups, scale, size, pixels, dtype in cases:
         extent = [s * (n - 1) + k for s, k, n in zip(scale, size, pixels, strict=True)]
-        for normalisation in ("softmax", "sum", "none"):
+        for normalisation in ("softmax", "sum", "none")[: 3 if dtype == torch.float64 else 1]:
             x = noise(batch, channels, *extent, dtype=dtype).requires_grad_()
             taps = noise(batch, groups, torch.Size(size).numel(), *pixels, seed=2, dtype=dtype).requires_grad_()
             options = (scale, size, normalisation)
