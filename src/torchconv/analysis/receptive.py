@@ -79,17 +79,19 @@ def section(model: nn.Module, images: Tensor) -> Section:
     ]
     side, half = held[THRESHOLDS.index(SHARE)]
     where = found.layer or "the last map"
+    axes = found.map.dim()
+    thing = "image" if axes == 2 else "input"
     return Section(
         key="receptive-field",
         title="What it sees",
-        verdict=f"Half of what reaches the centre of {where} comes from {_percent(half)} of the image "
-        f"({' × '.join([str(side)] * found.map.dim())}).",
+        verdict=f"Half of what reaches the centre of {where} comes from {_percent(half)} of the {thing} "
+        f"({' × '.join([str(side)] * axes)}).",
         reading="Brightness is how much a pixel contributes to the centre of the last feature map (logarithmic, mean "
         "over the images). A wide, even glow means that context reaches the features; a small bright spot means that "
         "the network is local in effect, however deep it is. Measured by gradients (UniRepLKNet, arXiv 2311.15599). "
         "Sides are of squares around the middle of the contributions; those as published are around the middle of the "
         "image and share out the logarithm, for comparison with papers.",
-        level="bad" if half < 0.02 else "note",
+        level="bad" if half ** (2 / axes) < 0.02 else "note",
         tables={"sides": rows},
         pictures=[_picture(found.log_map)] if found.log_map.dim() <= 2 else [],
         data={
