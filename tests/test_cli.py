@@ -12,6 +12,21 @@ import pytest
 from torchconv import __version__
 from torchconv.cli import main
 
+COMMANDS = (
+    "compare",
+    "inspect",
+    "swap",
+    "merge",
+    "factorise",
+    "parallelise",
+    "export",
+    "list",
+    "show",
+    "search",
+    "claim",
+    "bench",
+)
+
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stopped:
@@ -27,11 +42,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys)
     assert code == 0
-    for command in ("compare", "inspect", "swap", "list", "show", "search", "claim", "bench"):
+    for command in COMMANDS:
         assert command in out
 
 
-@pytest.mark.parametrize("command", ["compare", "inspect", "swap", "list", "show", "search", "claim", "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -97,6 +112,32 @@ def test_errors_are_one_line_and_exit_status_two(
     assert message in err
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["swap --to dcls", "merge", "factorise --rank 0.5", "parallelise"])
+def test_a_place_that_cannot_be_written_is_refused_before_work(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    name, *options = command.split()
+    code, _, err = run(capsys, name, "torchconv:no_such_network", *options, "-o", str(tmp_path / "file"))
+    assert code == 2
+    assert "is a file" in err
+
+
+def test_a_missing_package_names_its_extra() -> None:
+    from torchconv._common.extras import extra_of
+
+    assert (extra_of("scipy"), extra_of("sklearn.svm"), extra_of("nonesuch")) == ("compare", "compare", None)
+
+
+def test_an_interruption_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchconv.weights.check_place", interrupt)
+    code, _, err = run(capsys, "merge", "torchconv:eca_resnet18", "-o", "never")
+    assert (code, err) == (130, "interrupted\n")
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from torchconv._common.extras import extra_of
 from torchconv._version import __version__
 
 app = typer.Typer(
@@ -51,7 +52,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]
     _register()
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        status = app(arguments, standalone_mode=False) or 0
+        if status == 130:  # Ctrl-C, of which click makes a status
+            raise KeyboardInterrupt
+        sys.exit(status)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         sys.exit(130)
@@ -63,7 +67,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if wrong_usage:
             command = getattr(getattr(error, "ctx", None), "command_path", "torchconv")
             _fail(f"{wrong_usage()} (see {command} --help)")
-        _fail(str(error) or type(error).__name__)
+        _fail(_missing(error) or str(error) or type(error).__name__)
+
+
+def _missing(error: Exception) -> str:
+    """What to install, where a package that an extra brings is missing."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    extra = extra_of(error.name)
+    return f"{error.name} is not installed; run: pip install 'torchconv[{extra}]'" if extra else ""
 
 
 def _fail(message: str) -> NoReturn:

@@ -60,9 +60,10 @@ def factorise(
     """
     from torchconv.cli._network import noise_for
     from torchconv.surgery import factorise as carry_out
-    from torchconv.weights import open_model, save
+    from torchconv.weights import check_place, open_model, save
 
     wish = None if rank is None else _rank(rank)
+    check_place(out)
     network = open_model(model)
     with Console(stderr=True).status("factorising and measuring …"):
         example = noise_for(network, size, batch)
@@ -93,8 +94,9 @@ def parallelise(
     """
     from torchconv.cli._network import noise_for
     from torchconv.surgery import parallelise as carry_out
-    from torchconv.weights import open_model, save
+    from torchconv.weights import check_place, open_model, save
 
+    check_place(out)
     network = open_model(model)
     with Console(stderr=True).status("finding stacks and measuring …"):
         example = noise_for(network, size, batch)

@@ -31,8 +31,9 @@ def merge(
     """
     from torchconv.cli._network import costs, noise_for
     from torchconv.surgery import merge as carry_out
-    from torchconv.weights import open_model, save
+    from torchconv.weights import check_place, open_model, save
 
+    check_place(out)
     network = open_model(model)
     with Console(stderr=True).status("merging, checking, timing …"):
         x = noise_for(network, size, batch)

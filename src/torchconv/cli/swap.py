@@ -36,7 +36,7 @@ def swap(
     """
     from torchconv.cli._network import costs, noise_for
     from torchconv.surgery import swap as carry_out
-    from torchconv.weights import open_model, save
+    from torchconv.weights import check_place, open_model, save
 
     op, *pairs = to.split(":")
     options: dict[str, Any] = {}
@@ -46,6 +46,7 @@ def swap(
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[name] = value
+    check_place(out)
     network = open_model(model)
     try:
         x = noise_for(network, size)

@@ -154,8 +154,8 @@ class ParalleliseReport:
         silent = sum(max(row.gains) < SILENT for row in self.stacks)
         if silent:
             lines.append(
-                f"  {silent} of {len(self.stacks)} stacks add nothing (gains below {SILENT:g}), so that errors say nothing "
-                "of them: residual branches that start at zero, as in fresh networks of timm, must be trained first"
+                f"  {silent} of {len(self.stacks)} stacks add nothing (gains below {SILENT:g}), so that errors say "
+                "nothing of them: residual branches that start at zero, as in fresh networks of timm, need training"
             )
         lines += [f"  {path}: kept, {why}" for path, why in self.kept.items()]
         lines.append(f"output differs by {self.difference:.2e} of its largest value on the example")
