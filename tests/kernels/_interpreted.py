@@ -109,7 +109,7 @@ def scan() -> None:
 
 def resample() -> None:
     from torchconv.kernels import _resample_triton as kernels
-    from torchconv.kernels.resample import LEAST_WEIGHT, _composite
+    from torchconv.kernels.resample import LEAST_WEIGHT, NORMALISATIONS, _composite
 
     cases = [
         (2, 3, 1, (2, 2), (3, 3), (3, 2), torch.float32),
@@ -120,7 +120,7 @@ def resample() -> None:
     ]
     for batch, channels, groups, scale, size, pixels, dtype in cases:
         extent = [s * (n - 1) + k for s, k, n in zip(scale, size, pixels, strict=True)]
-        for normalisation in ("softmax", "sum", "none")[: 3 if dtype == torch.float64 else 1]:
+        for normalisation in NORMALISATIONS if dtype == torch.float64 else ("softmax",):
             x = noise(batch, channels, *extent, dtype=dtype).requires_grad_()
             taps = noise(batch, groups, torch.Size(size).numel(), *pixels, seed=2, dtype=dtype).requires_grad_()
             options = (scale, size, normalisation)

@@ -8,12 +8,12 @@ a tile; where they lie side by side (channels-last) the tile takes neighbours. S
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from torchconv.kernels._triton_launch import sum_type, three
 
 
 @triton.jit
@@ -87,25 +87,16 @@ def _weight_gradient(
         tl.store(to + t * ot, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _three(sizes: Any, fill: int) -> tuple[int, ...]:
-    """Sizes or strides of one to three axes as those of three."""
-    return (fill,) * (3 - len(sizes)) + tuple(sizes)
-
-
 def _steps(tensor: Tensor, lead: int) -> tuple[int, ...]:
     """Strides of the ``lead`` axes before the map, then of its three axes."""
-    return (*tensor.stride()[:lead], *_three(tensor.stride()[lead:], 0))
-
-
-def _sum_type(x: Tensor) -> Any:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+    return (*tensor.stride()[:lead], *three(tensor.stride()[lead:], 0))
 
 
 def aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool = False) -> Tensor:
     """The aggregation, or with ``mirrored`` its transpose, in the memory format of x."""
     out = torch.empty_like(x)
     batch, channels = x.shape[:2]
-    groups, size = weight.shape[1], _three(x.shape[2:], 1)
+    groups, size = weight.shape[1], three(x.shape[2:], 1)
     positions = size[0] * size[1] * size[2]
     shared = x.stride(1) != 1 or groups == 1
     repeats = triton.cdiv(channels, groups)
@@ -113,10 +104,10 @@ def aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool
     bp = min(triton.next_power_of_2(positions), 1024 // bc if shared else 32)
     blocks_c = groups * triton.cdiv(repeats, bc) if shared else triton.cdiv(channels, bc)
     blocks_p = triton.cdiv(positions, bp)
-    kd, kh, kw = _three(kernel, 1)
+    kd, kh, kw = three(kernel, 1)
     _aggregate[(batch * blocks_c * blocks_p,)](
         x, weight, out, channels, groups, *size, blocks_c, blocks_p, *_steps(x, 2), *_steps(weight, 3), *_steps(out, 2),
-        KD=kd, KH=kh, KW=kw, MIRRORED=mirrored, SHARED=shared, BC=bc, BP=bp, ACC=_sum_type(x),
+        KD=kd, KH=kh, KW=kw, MIRRORED=mirrored, SHARED=shared, BC=bc, BP=bp, ACC=sum_type(x),
     )  # fmt: skip
     return out
 
@@ -125,15 +116,15 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, kernel: tuple[int, 
     """The gradient of the weight, contiguous."""
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     batch, channels = x.shape[:2]
-    groups, size = weight.shape[1], _three(x.shape[2:], 1)
+    groups, size = weight.shape[1], three(x.shape[2:], 1)
     positions = size[0] * size[1] * size[2]
     repeats = triton.cdiv(channels, groups)
     br = min(8, triton.next_power_of_2(repeats))
     bp = min(triton.next_power_of_2(positions), 1024 // br)
     blocks_p = triton.cdiv(positions, bp)
-    kd, kh, kw = _three(kernel, 1)
+    kd, kh, kw = three(kernel, 1)
     _weight_gradient[(batch * groups * blocks_p,)](
         x, grad, out, channels, groups, *size, blocks_p, repeats, *_steps(x, 2), *_steps(grad, 2), *_steps(out, 3),
-        KD=kd, KH=kh, KW=kw, BR=br, BP=bp, ACC=_sum_type(x),
+        KD=kd, KH=kh, KW=kw, BR=br, BP=bp, ACC=sum_type(x),
     )  # fmt: skip
     return out

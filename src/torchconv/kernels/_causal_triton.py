@@ -8,12 +8,12 @@ tiles in registers, written once a program and added up afterwards, always in th
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from torchconv.kernels._triton_launch import sum_type
 
 
 @triton.jit
@@ -109,10 +109,6 @@ def _layout(x: Tensor, last: bool) -> tuple[int, int, int, tuple[int, int, int]]
     return batch, channels, length, (x.stride(0), length, 1)
 
 
-def _sum_type(x: Tensor) -> Any:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def output(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, last: bool) -> Tensor:
     """The convolution of a contiguous x, (B, C, L) or with ``last`` (B, L, C); weight (C, k)."""
     batch, channels, length, steps = _layout(x, last)
@@ -121,7 +117,7 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, last: boo
     y = torch.empty_like(x)
     _output[(batch * tiles_c * tiles_l,)](
         x, weight.contiguous(), weight if bias is None else bias.contiguous(), y, channels, length, *steps, tiles_c,
-        tiles_l, K=weight.shape[1], BIAS=bias is not None, SILU=silu, BC=bc, BL=bl, ACC=_sum_type(x),
+        tiles_l, K=weight.shape[1], BIAS=bias is not None, SILU=silu, BC=bc, BL=bl, ACC=sum_type(x),
     )  # fmt: skip
     return y
 
@@ -142,7 +138,7 @@ def gradients(
     _gradients[(batch * tiles_c * spans,)](
         grad, x, weight.contiguous(), weight if bias is None else bias.contiguous(), dx, sums, channels, length, *steps,
         tiles_c, spans, K=size, BIAS=bias is not None, SILU=silu, BC=bc, BL=bl, TILES=tiles, KP=padded,
-        ACC=_sum_type(x),
+        ACC=sum_type(x),
     )  # fmt: skip
     total = sums.sum(0)
     return dx, total[:, :size], total[:, size]

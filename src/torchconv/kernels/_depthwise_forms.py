@@ -23,6 +23,7 @@ from torchconv.kernels._layout import channels_last_format
 
 CONVOLVE: tuple[Any, ...] = (None, F.conv1d, F.conv2d, F.conv3d)
 _Ints = tuple[int, ...]
+MOST_PADDING = 6  # zeros on a side of the last axis that PyTorch's fast kernels add themselves
 _FFT_BLOCK = 1 << 19  # numbers per block of channels: two megabytes of float32, which stay in the second-level cache
 _SCRATCH = 1 << 18  # numbers of a scratch that holds padded planes: one megabyte of float32
 _IMAGES = 1 << 19  # numbers of the images convolved at one time
@@ -80,7 +81,7 @@ def native_gradients(g: Tensor, x: Tensor, w: Tensor, geo: Geometry, mask: tuple
 
 def refused(geo: Geometry, last: bool) -> bool:
     """PyTorch leaves its fast kernels where the padding of the last axis is wide, unless channels-last and dense."""
-    return geo.padding[-1] > min(6, geo.out[-1]) and (not last or max(geo.dilation) > 1)
+    return geo.padding[-1] > min(MOST_PADDING, geo.out[-1]) and (not last or max(geo.dilation) > 1)
 
 
 def padded(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tensor:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchconv.kernels._triton_launch import sum_type, three
+
 MODES = {"none": 0, "sum": 1, "softmax": 2}
 
 
@@ -150,14 +152,18 @@ def _by_map(
     tl.store(out + base * (D * H * W) + q[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-def _three(sizes: Sequence[int]) -> tuple[int, ...]:
-    return (*(1,) * (3 - len(sizes)), *sizes)
-
-
 def _constants(x: Tensor, scale: Sequence[int], size: Sequence[int], normalisation: str) -> dict[str, Any]:
-    (sd, sh, sw), (kd, kh, kw) = _three(scale), _three(size)
-    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return {"SD": sd, "SH": sh, "SW": sw, "KD": kd, "KH": kh, "KW": kw, "MODE": MODES[normalisation], "ACC": wide}
+    (sd, sh, sw), (kd, kh, kw) = three(scale), three(size)
+    return {
+        "SD": sd,
+        "SH": sh,
+        "SW": sw,
+        "KD": kd,
+        "KH": kh,
+        "KW": kw,
+        "MODE": MODES[normalisation],
+        "ACC": sum_type(x),
+    }
 
 
 def _tile(channels: int, groups: int, positions: int) -> tuple[int, int, int, int]:
@@ -179,7 +185,7 @@ def output(
     tops, sums = stats or (out, out)
     with torch.cuda.device_of(x):
         _output[(batch * groups * tiles * blocks,)](
-            x, kernels, out, tops, sums, channels, groups, tiles, blocks, *_three(x.shape[2:]), *_three(out.shape[2:]),
+            x, kernels, out, tops, sums, channels, groups, tiles, blocks, *three(x.shape[2:]), *three(out.shape[2:]),
             least, STATS=stats is not None, BC=bc, BP=bp, **_constants(x, scale, size, normalisation),
         )  # fmt: skip
     return out
@@ -196,7 +202,7 @@ def gradients(
     tops, sums = (torch.empty(batch, groups, *pixels, device=x.device, dtype=wide) for _ in range(2))
     y = output(x, kernels, scale, size, normalisation, least, (tops, sums))
     inner = (y.to(wide) * grad.to(wide)).unflatten(1, (groups, -1)).sum(2)
-    sizes = (*_three(x.shape[2:]), *_three(pixels))
+    sizes = (*three(x.shape[2:]), *three(pixels))
     constants = _constants(x, scale, size, normalisation)
     dx, dk = x.new_empty(0), kernels.new_empty(0)
     with torch.cuda.device_of(x):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchconv._common import check, check_choice
 from torchconv.catalog import part
 from torchconv.kernels import _custom
+from torchconv.kernels._depthwise_forms import MOST_PADDING
 from torchconv.kernels._triton import say_once
 from torchconv.kernels._triton_probe import trustworthy
 
@@ -31,7 +32,6 @@ _SHORT = 8  # taps; longer kernels have better forms than a pass a tap
 _FEW = 5  # taps up to which shifted rows beat PyTorch's convolution
 _LONG_ROW = 512  # positions from which they do
 _MANY = 1 << 20  # elements beyond which they do: the convolution would clear that much new memory
-_MOST_PADDING = 6  # zeros that PyTorch's fast convolution of rows adds itself
 _ROWS = 1 << 20  # elements of a block of rows, …
 _SPAN = 1 << 18  # … and of a span of vectors
 
@@ -60,7 +60,7 @@ def _native_rows(x: Tensor, w: Tensor, bias: Tensor | None, mirrored: bool = Fal
     """The same by PyTorch's convolution, as a view unless it shall be ``whole``."""
     before = w.shape[1] - 1
     taps = (w.flip(1) if mirrored else w).unsqueeze(1)
-    if whole or before > _MOST_PADDING:
+    if whole or before > MOST_PADDING:
         return F.conv1d(F.pad(x, (0, before) if mirrored else (before, 0)), taps, bias, groups=len(w))
     y = F.conv1d(x, taps, bias, padding=before, groups=len(w))
     return y.narrow(2, before if mirrored else 0, x.shape[2])

@@ -25,8 +25,7 @@ from torchconv.kernels._depthwise_plan import BACKENDS, check_weight
 from torchconv.kernels._triton_probe import trustworthy
 
 _LONG = 13  # taps from which an estimate of operations sends half precision on a GPU to the tensor cores
-_SMALL = 1 << 21  # multiply-adds up to which no form beats PyTorch's own by what it takes to choose, …
-_MOST_PADDING = 6  # … if its fast kernels do not refuse so many zeros on a side
+_SMALL = 1 << 21  # multiply-adds up to which no form beats PyTorch's own by what it takes to choose
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRITON_TYPES = (torch.float32, *run.HALF)
 
@@ -59,13 +58,15 @@ def _only_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bias is not None and (type(bias) not in _PLAIN or bias.dtype != kind or bias.device != device)
 
 
-@lru_cache(maxsize=4096)
 def _pads(padding: str, kernel: tuple[int, ...], dilation: Size) -> tuple[tuple[int, ...], list[int]]:
     """The numbers behind "same" or "valid", and the zeros put after the map first where an extent is even."""
     pads = resolve_padding(padding, kernel, ntuple("dilation", dilation, len(kernel)))
     uneven = any(before != after for before, after in pads)
     extra = [q for before, after in reversed(pads) for q in (0, after - before)] if uneven else []
     return tuple(before for before, _ in pads), extra
+
+
+_remembered_pads = lru_cache(maxsize=4096)(_pads)  # compilers warn of caches, and need none
 
 
 def _key(value: Size) -> Size:
@@ -101,10 +102,11 @@ def _depthwise(
         raise ValueError(f"{shapes}: expected (N, C, *size) and (C, 1, *kernel_size) with {ndim} spatial axes")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias of shape {tuple(bias.shape)}: expected ({weight.shape[0]},), a number per channel")
-    if isinstance(padding, str):
-        padding, extra = _pads(padding, weight.shape[2:], _key(dilation))
-        x = F.pad(x, extra) if extra else x
     device, compiling = x.device.type, torch.compiler.is_compiling()
+    if isinstance(padding, str):
+        pads = _pads if compiling else _remembered_pads
+        padding, extra = pads(padding, weight.shape[2:], _key(dilation))
+        x = F.pad(x, extra) if extra else x
     plain = backend == "native" or in_ordinary_operators()
     if not plain and autocasts(device):
         narrow = torch.get_autocast_dtype(device)
@@ -143,13 +145,14 @@ def _depthwise(
 
 def same(ndim: int, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, ...]) -> Tensor:
     """With "same" padding, for callers that have checked the shapes and call it for one small piece after another."""
-    padding, extra = _pads("same", weight.shape[2:], dilation)
+    if torch.compiler.is_compiling():
+        return _depthwise(ndim, x, weight, bias, 1, "same", dilation, "auto")
+    padding, extra = _remembered_pads("same", weight.shape[2:], dilation)
     x = F.pad(x, extra) if extra else x
-    if not torch.compiler.is_compiling():
-        training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        work = x.numel() * (weight.numel() // weight.shape[0])
-        if not training and work <= _SMALL and padding[-1] <= min(_MOST_PADDING, x.shape[-1]):
-            return _convolve(ndim, x, weight, bias, 1, padding, dilation)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    work = x.numel() * (weight.numel() // weight.shape[0])
+    if not training and work <= _SMALL and padding[-1] <= min(forms.MOST_PADDING, x.shape[-1]):
+        return _convolve(ndim, x, weight, bias, 1, padding, dilation)
     return _depthwise(ndim, x, weight, bias, 1, padding, dilation, "auto")
 
 

@@ -117,12 +117,25 @@ def check_own_kernel(conv: Any, shared: set[int]) -> None:
         raise ValueError("another module has the same parameter")
 
 
-def grouped(kept: Mapping[str, str]) -> str:
-    """Why layers were kept, each reason once."""
+def parameter_count(module: nn.Module) -> int:
+    """Numbers that are learned, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def some(paths: list[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(path or "the network" for path in paths[:3]) + more
+
+
+def by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason → the paths that were kept for it."""
     paths: dict[str, list[str]] = {}
     for path, why in kept.items():
-        paths.setdefault(why, []).append(path or "the network")
-    return "; ".join(
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {why}"
-        for why, names in paths.items()
-    )
+        paths.setdefault(why, []).append(path)
+    return paths
+
+
+def grouped(kept: Mapping[str, str]) -> str:
+    """Why layers were kept, each reason once."""
+    return "; ".join(f"{some(paths)}: {why}" for why, paths in by_reason(kept).items())

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from torchconv._common import check, check_positive
 from torchconv.ops.snnk import PASSED_OVER, fit_closed_form, is_activation, to_snnk
-from torchconv.surgery._layers import Where, chosen, distance, exchange
+from torchconv.surgery._layers import Where, chosen, distance, exchange, parameter_count
 from torchconv.surgery._probe import difference, make_up, run
 from torchconv.surgery.structure import Edit, has_hooks, note, put, verb
 
@@ -298,7 +298,7 @@ def _fit(
     if fitted:
         ones = [torch.cat([r, torch.ones_like(r[:, :1])], 1) for r in (known, unseen)]
         affine = distance(ones[1] @ fit_closed_form(ones[0], original(known), ridge).T, wanted)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (original, made))
+    before, after = (parameter_count(m) for m in (original, made))
     fixed = sum(b.numel() for b in made.buffers())
     widths = (linears[0].in_features, *(m.out_features for m in linears))
     error = distance(made(unseen), wanted)

@@ -30,6 +30,7 @@ from torchconv.surgery._layers import (
     grouped,
     inputs_of,
     own_copy,
+    parameter_count,
     tied,
 )
 from torchconv.surgery._probe import difference, run
@@ -191,8 +192,7 @@ def factorise(
     if example is not None:
         (before, first), (after, second) = (_counted(copy.deepcopy(m).eval(), example) for m in (model, new))
         apart, macs = difference(after, before), (first, second)
-    sizes = tuple(sum(p.numel() for p in m.parameters()) for m in (model, new))
-    report = FactoriseReport(layers, kept, (sizes[0], sizes[1]), macs, apart)
+    report = FactoriseReport(layers, kept, (parameter_count(model), parameter_count(new)), macs, apart)
     new.factorise_report = report  # type: ignore[assignment]
     note(new, model, edits)
     return new
@@ -286,7 +286,7 @@ def _judge(path: str, conv: Any, layer: APrioriConv, inputs: tuple[Tensor, ...] 
     error = layer.factorisation_error
     assert error is not None
     numbers = conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
-    sizes = (numbers, sum(p.numel() for p in layer.parameters()))
+    sizes = (numbers, parameter_count(layer))
     apart, macs = None, None
     if inputs is not None:
         (theirs, before), (ours, after) = (_counted(m, inputs) for m in (_bare(conv), layer))

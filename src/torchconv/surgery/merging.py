@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchconv._common import check
 from torchconv.surgery._dataflow import watch
 from torchconv.surgery._folding import foldable, is_norm, parametrized
-from torchconv.surgery._layers import own_copy
+from torchconv.surgery._layers import by_reason, own_copy, parameter_count, some
 from torchconv.surgery._probe import another, difference, make_up, run
 from torchconv.surgery.structure import Edit, apply_edits, has_hooks, note, put, verb
 
@@ -91,11 +91,8 @@ class MergeReport:
         for what, rows in alike.items():
             apart = max((row.difference for row in rows if row.difference is not None), default=None)
             within = "" if apart is None else f", within {apart:.1e}"
-            lines.append(f"  {len(rows)} × {what}{within}: {_some([row.path for row in rows])}")
-        reasons: dict[str, list[str]] = {}
-        for path, why in self.kept.items():
-            reasons.setdefault(why, []).append(path)
-        lines += [f"  kept, {why}: {_some(paths)}" for why, paths in reasons.items()]
+            lines.append(f"  {len(rows)} × {what}{within}: {some([row.path for row in rows])}")
+        lines += [f"  kept, {why}: {some(paths)}" for why, paths in by_reason(self.kept).items()]
         before, after = self.parameters
         lines.append(f"parameters: {before:,} → {after:,}")
         if self.difference is not None:
@@ -169,7 +166,7 @@ def merge(
         [FoldedNorm(e["norm"], e["into"], e["order"]) for e in work.edits if e["verb"] == "fold"],
         work.kept,
         work.difference,
-        (_count(model), _count(result)),
+        (parameter_count(model), parameter_count(result)),
         _speed(model, result, example) if timed else None,
     )
     result.merge_report = report  # type: ignore[assignment]
@@ -375,15 +372,6 @@ def _narrow(model: nn.Module) -> torch.dtype | None:
     return types.pop() if len(types) == 1 and types <= {torch.float16, torch.bfloat16} else None
 
 
-def _some(paths: list[str]) -> str:
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(path or "the whole" for path in paths[:3]) + more
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def _speed(before: nn.Module, after: nn.Module, example: Any) -> Speed:
     from torchconv.analysis.latency import paired_latency
 
@@ -401,14 +389,14 @@ def stored_parameters(model: nn.Module) -> int:
     """
     saved: dict[Any, int] = {}
     done: set[str] = set()
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     for name, module in model.named_modules():
         if hasattr(module, "merge") and not any(name.startswith(f"{outer}.") or outer == "" for outer in done):
             done.add(name)
             key = _kind(module)
             if key not in saved:
                 fold: Any = module.merge
-                own, folded = (sum(p.numel() for p in m.parameters()) for m in (module, fold()))
+                own, folded = (parameter_count(m) for m in (module, fold()))
                 saved[key] = max(0, own - folded)
             total -= saved[key]
     return total

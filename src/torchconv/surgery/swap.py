@@ -20,7 +20,16 @@ from torchconv.ops import as_conv
 from torchconv.ops._common import CONV, resolve_padding
 from torchconv.ops.roles import options_of
 from torchconv.surgery._budget import FREE, TOLERANCE, left_out, nearest
-from torchconv.surgery._layers import Where, check_own_kernel, convolutions, grouped, inputs_of, own_copy, tied
+from torchconv.surgery._layers import (
+    Where,
+    check_own_kernel,
+    convolutions,
+    grouped,
+    inputs_of,
+    own_copy,
+    parameter_count,
+    tied,
+)
 from torchconv.surgery._probe import difference, run
 from torchconv.surgery.structure import Edit, note, put, verb
 
@@ -120,29 +129,29 @@ def swap(
     kept: dict[str, str] = {}
     shared = tied(new)
     # For a budget the largest first, so that smaller ones make up for what larger ones miss.
-    order = sorted(chosen, key=lambda path: -_count(chosen[path])) if match else list(chosen)
+    order = sorted(chosen, key=lambda path: -parameter_count(chosen[path])) if match else list(chosen)
     for path in order:
         conv = chosen[path]
         try:
             check_own_kernel(conv, shared)
             edit: Edit = {"verb": "swap", "path": path, "to": to, "settings": _settings(announced, conv, options)}
             if match and to in FREE and FREE[to] not in options:
-                _fit(conv, edit, FREE[to], _count(conv) - sum(changes.values()))
+                _fit(conv, edit, FREE[to], parameter_count(conv) - sum(changes.values()))
             made = _build(conv, edit).to(conv.weight.device, conv.weight.dtype).train(conv.training)
             if keep_weights:
                 _carry_over(to, conv, made)
             swapped[path] = _judge(path, conv, made, keep_weights), made, edit
-            changes[path] = _count(made) - _count(conv)
+            changes[path] = parameter_count(made) - parameter_count(conv)
         except ValueError as error:
             kept[path] = str(error)
     reasons = grouped(kept) or f"where={where!r} matches no convolution"
     check(bool(swapped), "to", to, f"no layer could be replaced ({reasons})")
     if match:
-        for path in left_out(changes, TOLERANCE * _count(model)):
+        for path in left_out(changes, TOLERANCE * parameter_count(model)):
             del swapped[path]
             kept[path] = f"its {changes[path]:+,} parameters would leave the budget"
         if not swapped:
-            raise ValueError(_unreachable(to, changes, _count(model)))
+            raise ValueError(_unreachable(to, changes, parameter_count(model)))
     for path in chosen:
         if path in swapped:
             put(new, path, swapped[path][1])
@@ -157,14 +166,10 @@ def swap(
             raise ValueError(f"where={where!r}: the network does not run with {to}: {error}; {remedy}") from error
         apart = difference(after, before)
     rows = [swapped[path] for path in chosen if path in swapped]
-    report = SwapReport([row for row, _, _ in rows], kept, apart, (_count(model), _count(new)))
+    report = SwapReport([row for row, _, _ in rows], kept, apart, (parameter_count(model), parameter_count(new)))
     new.swap_report = report  # type: ignore[assignment]
     note(new, model, [edit for _, _, edit in rows])
     return new
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _fit(conv: Any, edit: Edit, option: str, target: int) -> None:
@@ -172,7 +177,7 @@ def _fit(conv: Any, edit: Edit, option: str, target: int) -> None:
 
     def count(size: int) -> int:
         with torch.device("meta"):
-            return _count(_build(conv, {**edit, "settings": {**edit["settings"], option: size}}))
+            return parameter_count(_build(conv, {**edit, "settings": {**edit["settings"], option: size}}))
 
     size = nearest(count, target, conv.groups if edit["to"] == "apriori" else 1)
     if size is not None:
