@@ -1,6 +1,6 @@
 """``torchconv.kernels.causal_conv1d`` against ``F.conv1d`` with padding on a CPU, forward and with gradients.
 
-python benchmarks/causal.py --seconds 2 --out benchmarks/results/causal-cpu
+python benchmarks/causal.py --threads 2 --seconds 2 --out benchmarks/results
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = [
 NOTE = (
     "Milliseconds: median (fastest), then how many times faster than `F.conv1d(x, w, b, padding=k-1, groups=C)` cut to "
     "L, with `F.silu` after it, for B×L×C on the transposed view: median of rounds [quartiles], and of the fastest "
-    "runs. GB/s: bytes of x and y over the fastest time; copy: `x.clone()`. Other jobs shared the machine."
+    "runs. GB/s: bytes of x and y over the fastest time; copy: `x.clone()`. No other job ran on the machine."
 )
 
 
@@ -96,16 +96,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="per side of every comparison")
-    parser.add_argument("--out", type=Path, help="path of the result files, without their ending")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder for causal-cpu-<threads>.json and .md")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
     for case in CASES:
         rows.append(measure(case, args.seconds))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         if args.out:
-            write(args.out, "Short causal convolution against `F.conv1d`", about(), NOTE, rows, table(rows))
+            write(
+                args.out / f"causal-cpu-{args.threads}",
+                "Short causal convolution against `F.conv1d`",
+                about(),
+                NOTE,
+                rows,
+                table(rows),
+            )
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ LAYOUTS = ("BCL", "BLC")
 ACTIVATIONS = (None, "silu", "swish")
 _HALF = (torch.float16, torch.bfloat16)
 _SHORT = 8  # taps; longer kernels have better forms than a pass a tap
-_FEW = 5  # taps up to which shifted rows beat PyTorch's convolution
-_LONG_ROW = 512  # positions from which they do
-_MANY = 1 << 20  # elements beyond which they do: the convolution would clear that much new memory
-_ROWS = 1 << 20  # elements of a block of rows, …
+_FEW = 5  # taps up to which shifted rows beat PyTorch's convolution …
+_SHORT_ROW = 128  # … from so many positions, …
+_LITTLE = 1 << 18  # … or beyond so many elements, where the convolution takes new memory from the system;
+_LONG_ROW = 256  # positions from which they do whatever the taps
+_ROWS = 1 << 19  # elements of a block of rows, …
 _SPAN = 1 << 18  # … and of a span of vectors
 
 
@@ -67,8 +68,9 @@ def _native_rows(x: Tensor, w: Tensor, bias: Tensor | None, mirrored: bool = Fal
 
 
 def _shifts_pay(x: Tensor, w: Tensor) -> bool:
-    few = w.shape[1] <= _FEW and x.shape[2] >= _LONG_ROW and x.numel() > _MANY
-    return few or x.dtype == torch.float64
+    length, k = x.shape[2], w.shape[1]
+    few = k <= _FEW and (length >= _SHORT_ROW or x.numel() > _LITTLE)
+    return few or length >= _LONG_ROW or w.dtype == torch.float64
 
 
 def _row_blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -84,14 +86,17 @@ def _row_blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _forward_rows(x: Tensor, w: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     if not _shifts_pay(x, w):
-        y = _native_rows(x, w, bias, whole=not silu)
-        return F.silu(y).contiguous() if silu else y
+        y = _native_rows(x.to(w.dtype), w, bias, whole=not silu)
+        return (F.silu(y) if silu else y).to(x.dtype).contiguous()
     out = torch.empty_like(x)
     for block in _row_blocks(x, w):
-        target, channels = out[block], block[1]
-        _convolve_rows(x[block], w[channels], None if bias is None else bias[channels], target)
+        rows, target, channels = x[block].to(w.dtype), out[block], block[1]
+        y = target if w.dtype == x.dtype else torch.empty_like(rows)
+        _convolve_rows(rows, w[channels], None if bias is None else bias[channels], y)
         if silu:
-            F.silu(target, inplace=True)
+            F.silu(y, inplace=True)
+        if y is not target:
+            target.copy_(y)
     return out
 
 
@@ -102,13 +107,17 @@ def _backward_rows(
     dx, by_tap, by_bias = torch.empty_like(x), torch.zeros_like(w), w.new_zeros(len(w))
     for block in _row_blocks(x, w):
         channels = block[1]
-        rows, taps, g = x[block], w[channels], grad[block]
+        rows, taps, g = x[block].to(w.dtype), w[channels], grad[block].to(w.dtype)
         if silu:
             before = torch.empty_like(g)
             _convolve_rows(rows, taps, None if bias is None else bias[channels], before)
             g = torch.ops.aten.silu_backward(g, before)
         if needs[0]:
-            _convolve_rows(g, taps, None, dx[block], mirrored=True)
+            target = dx[block]
+            y = target if w.dtype == x.dtype else torch.empty_like(g)
+            _convolve_rows(g, taps, None, y, mirrored=True)
+            if y is not target:
+                target.copy_(y)
         if needs[1]:
             for j in range(min(k, length)):
                 late, early = g.narrow(2, j, length - j).flatten(0, 1), rows.narrow(2, 0, length - j).flatten(0, 1)
@@ -126,7 +135,7 @@ def _convolve_span(x: Tensor, w: Tensor, bias: Tensor | None, begin: int, end: i
     first, last = (begin, min(length, end + k - 1)) if mirrored else (max(0, begin - k + 1), end)
     missing = k - 1 - ((last - end) if mirrored else (begin - first))
     # Axes are added in the order that leaves the strides of a channels-last image.
-    image = x[:, first:last].transpose(1, 2).unsqueeze(2)
+    image = x[:, first:last].to(w.dtype).transpose(1, 2).unsqueeze(2)
     taps = (w.flip(1) if mirrored else w)[:, None, None]
     y = F.conv2d(image, taps, bias, padding=(0, missing), groups=len(w)).squeeze(2)
     return y.narrow(2, missing if mirrored else 0, end - begin).transpose(1, 2)
@@ -145,10 +154,10 @@ def _forward_vectors(x: Tensor, w: Tensor, bias: Tensor | None, silu: bool) -> T
     out = torch.empty_like(x)
     for items, begin, end in _spans(x):
         y, target = _convolve_span(x[items], w, bias, begin, end), out[items, begin:end]
-        if silu:
+        if silu and y.dtype == target.dtype:
             torch.ops.aten.silu.out(y, out=target)
         else:
-            target.copy_(y)
+            target.copy_(F.silu(y) if silu else y)
     return out
 
 
@@ -157,10 +166,10 @@ def _backward_vectors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (_, length, channels), k = x.shape, w.shape[1]
     dx = torch.empty_like(x)
-    by_tap, by_bias = x.new_zeros(k, channels), x.new_zeros(channels)
+    by_tap, by_bias = w.new_zeros(k, channels), w.new_zeros(channels)
     for items, begin, end in _spans(x):
         vectors, beyond = x[items], min(length, end + k - 1)  # the gradient of x looks ahead
-        g = grad[items, begin:beyond]
+        g = grad[items, begin:beyond].to(w.dtype)
         if silu:
             g = torch.ops.aten.silu_backward(g, _convolve_span(vectors, w, bias, begin, beyond))
         if needs[0]:
@@ -188,7 +197,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, last: b
 
         return _causal_triton.output(x, weight, bias, silu, last)
     compute = _forward_vectors if last else _forward_rows
-    return compute(_wide(x, x), _wide(weight, x), _wide(bias, x), silu).to(x.dtype)
+    return compute(x, _wide(weight, x), _wide(bias, x), silu)
 
 
 def _backward(
@@ -203,7 +212,7 @@ def _backward(
         dx, dw, db = _causal_triton.gradients(grad, x, weight, bias, silu, last)
     else:
         compute = _backward_vectors if last else _backward_rows
-        dx, dw, db = compute(_wide(grad, x), _wide(x, x), _wide(weight, x), _wide(bias, x), silu, needs)
+        dx, dw, db = compute(grad, x, _wide(weight, x), _wide(bias, x), silu, needs)
     dw = dw.to(weight.dtype, memory_format=torch.contiguous_format).contiguous()
     return dx.to(x.dtype), dw, db.to(weight.dtype if bias is None else bias.dtype).contiguous()
 
