@@ -56,9 +56,9 @@ def test_equals_the_padded_convolution(batch, channels, length, k, with_bias, ac
     )
 
 
-@pytest.mark.parametrize("layout", ["BCL", "BLC"])
-def test_blocks_do_not_show(layout, monkeypatch):
-    for name, value in (("_ROWS", 400), ("_SHORT_ROW", 1), ("_LONG_ROW", 1)):
+@pytest.mark.parametrize(("layout", "block"), [("BCL", 400), ("BCL", 64), ("BCL", 2), ("BLC", 400)])
+def test_blocks_do_not_show(layout, block, monkeypatch):
+    for name, value in (("_ROWS", block), ("_SHORT_ROW", 1), ("_LONG_ROW", 1)):
         monkeypatch.setattr(causal, name, value)
     monkeypatch.setattr(causal, "_SPAN", 300)
     x, weight, bias = noise(2, 5, 150), noise(5, 4, seed=1).requires_grad_(), noise(5, seed=2).requires_grad_()

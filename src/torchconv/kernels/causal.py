@@ -37,29 +37,52 @@ _ROWS = 1 << 19  # elements of a block of rows, …
 _SPAN = 1 << 18  # … and of a span of vectors
 
 
-def _convolve_rows(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, mirrored: bool = False) -> None:
-    """The convolution of rows (B, C, L) by taps (C, k) into ``out``; with ``mirrored`` its transpose."""
+def _shifts_pay(x: Tensor, w: Tensor) -> bool:
     length, k = x.shape[2], w.shape[1]
-    if not _shifts_pay(x, w):
-        out.copy_(_native_rows(x, w, bias, mirrored))
-        return
+    few = k <= _FEW and (length >= _SHORT_ROW or x.numel() > _LITTLE)
+    return few or length >= _LONG_ROW or w.dtype == torch.float64
+
+
+def _row_blocks(x: Tensor, w: Tensor) -> Iterator[tuple[tuple[slice, slice], int, int]]:
+    """Items and channels, begin and end of blocks of (B, C, L) that fit the cache; all for PyTorch's convolution."""
+    batch, channels, length = x.shape
+    size = _ROWS if _shifts_pay(x, w) else x.numel()
+    items, some, step = max(1, size // (channels * length)), max(1, size // length), min(length, size)
+    for item in range(0, batch, items):
+        for channel in range(0, channels, some):
+            for begin in range(0, length, step):
+                yield (slice(item, item + items), slice(channel, channel + some)), begin, min(length, begin + step)
+
+
+def _seen(begin: int, end: int, length: int, k: int, mirrored: bool) -> tuple[int, int]:
+    """The positions that ``begin`` to ``end`` of the convolution, or of its transpose, see."""
+    return (begin, min(length, end + k - 1)) if mirrored else (max(0, begin - k + 1), end)
+
+
+def _convolve_rows(
+    x: Tensor, w: Tensor, bias: Tensor | None, begin: int, end: int, out: Tensor, mirrored: bool = False
+) -> None:
+    """Positions ``begin`` to ``end`` of the convolution of rows (B, C, L) by shifts, or of its transpose."""
+    k = w.shape[1]
+    first, last = _seen(begin, end, x.shape[2], k, mirrored)
+    rows, before = x[..., first:last].to(w.dtype), begin - first
+    y = out if out.dtype == w.dtype else torch.empty_like(out, dtype=w.dtype)
     if bias is None:
-        torch.mul(x, w[:, -1:], out=out)
+        torch.mul(rows.narrow(2, before, end - begin), w[:, -1:], out=y)
     else:
-        torch.addcmul(bias.unsqueeze(1), x, w[:, -1:], out=out)
-    for j in range(1, min(k, length)):
-        early, late = (out, x) if mirrored else (x, out)
-        first, second = early.narrow(2, 0, length - j), late.narrow(2, j, length - j)
-        tap = w[:, k - 1 - j, None]
-        if mirrored:
-            first.addcmul_(second, tap)
-        else:
-            second.addcmul_(first, tap)
+        torch.addcmul(bias.unsqueeze(1), rows.narrow(2, before, end - begin), w[:, -1:], out=y)
+    for j in range(1, min(k, last - first)):
+        skipped = 0 if mirrored else max(0, j - before)
+        source = rows[..., j:] if mirrored else rows[..., before + skipped - j : last - first - j]
+        meets = min(source.shape[2], end - begin - skipped)
+        y.narrow(2, skipped, meets).addcmul_(source.narrow(2, 0, meets), w[:, k - 1 - j, None])
+    if y is not out:
+        out.copy_(y)
 
 
 def _native_rows(x: Tensor, w: Tensor, bias: Tensor | None, mirrored: bool = False, whole: bool = False) -> Tensor:
-    """The same by PyTorch's convolution, as a view unless it shall be ``whole``."""
-    before = w.shape[1] - 1
+    """The convolution of all of the rows by PyTorch's, as a view unless it shall be ``whole``."""
+    before, x = w.shape[1] - 1, x.to(w.dtype)
     taps = (w.flip(1) if mirrored else w).unsqueeze(1)
     if whole or before > MOST_PADDING:
         return F.conv1d(F.pad(x, (0, before) if mirrored else (before, 0)), taps, bias, groups=len(w))
@@ -67,32 +90,15 @@ def _native_rows(x: Tensor, w: Tensor, bias: Tensor | None, mirrored: bool = Fal
     return y.narrow(2, before if mirrored else 0, x.shape[2])
 
 
-def _shifts_pay(x: Tensor, w: Tensor) -> bool:
-    length, k = x.shape[2], w.shape[1]
-    few = k <= _FEW and (length >= _SHORT_ROW or x.numel() > _LITTLE)
-    return few or length >= _LONG_ROW or w.dtype == torch.float64
-
-
-def _row_blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Items and channels of blocks of (B, C, L) that fit the cache, or all where PyTorch's convolution is taken."""
-    batch, channels, length = x.shape
-    pays = _shifts_pay(x, w)
-    items = max(1, _ROWS // (channels * length)) if pays else batch
-    some = max(1, min(channels, _ROWS // length)) if pays else channels
-    for item in range(0, batch, items):
-        for channel in range(0, channels, some):
-            yield slice(item, item + items), slice(channel, channel + some)
-
-
 def _forward_rows(x: Tensor, w: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     if not _shifts_pay(x, w):
-        y = _native_rows(x.to(w.dtype), w, bias, whole=not silu)
+        y = _native_rows(x, w, bias, whole=not silu)
         return (F.silu(y) if silu else y).to(x.dtype).contiguous()
     out = torch.empty_like(x)
-    for block in _row_blocks(x, w):
-        rows, target, channels = x[block].to(w.dtype), out[block], block[1]
-        y = target if w.dtype == x.dtype else torch.empty_like(rows)
-        _convolve_rows(rows, w[channels], None if bias is None else bias[channels], y)
+    for block, begin, end in _row_blocks(x, w):
+        target, channels = out[block][..., begin:end], block[1]
+        y = torch.empty_like(target, dtype=w.dtype) if silu and w.dtype != x.dtype else target
+        _convolve_rows(x[block], w[channels], None if bias is None else bias[channels], begin, end, y)
         if silu:
             F.silu(y, inplace=True)
         if y is not target:
@@ -103,36 +109,42 @@ def _forward_rows(x: Tensor, w: Tensor, bias: Tensor | None, silu: bool) -> Tens
 def _backward_rows(
     grad: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, silu: bool, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    length, k = x.shape[2], w.shape[1]
+    length, k, shifted = x.shape[2], w.shape[1], _shifts_pay(x, w)
     dx, by_tap, by_bias = torch.empty_like(x), torch.zeros_like(w), w.new_zeros(len(w))
-    for block in _row_blocks(x, w):
-        channels = block[1]
-        rows, taps, g = x[block].to(w.dtype), w[channels], grad[block].to(w.dtype)
+    for block, begin, end in _row_blocks(x, w):
+        rows, channels, beyond = x[block], block[1], min(length, end + k - 1)  # the gradient of x looks ahead
+        taps, g = w[channels], grad[block][..., begin:beyond].to(w.dtype)
         if silu:
+            shift = None if bias is None else bias[channels]
             before = torch.empty_like(g)
-            _convolve_rows(rows, taps, None if bias is None else bias[channels], before)
+            if shifted:
+                _convolve_rows(rows, taps, shift, begin, beyond, before)
+            else:
+                before = _native_rows(rows, taps, shift)
             g = torch.ops.aten.silu_backward(g, before)
-        if needs[0]:
-            target = dx[block]
-            y = target if w.dtype == x.dtype else torch.empty_like(g)
-            _convolve_rows(g, taps, None, y, mirrored=True)
-            if y is not target:
-                target.copy_(y)
+        if needs[0] and shifted:
+            _convolve_rows(g, taps, None, 0, end - begin, dx[block][..., begin:end], mirrored=True)
+        elif needs[0]:
+            dx[block] = _native_rows(g, taps, None, mirrored=True)
         if needs[1]:
-            for j in range(min(k, length)):
-                late, early = g.narrow(2, j, length - j).flatten(0, 1), rows.narrow(2, 0, length - j).flatten(0, 1)
+            first, _ = _seen(begin, end, length, k, False)
+            wide = rows[..., first:end].to(w.dtype)
+            for j in range(min(k, end)):
+                skipped = max(0, j - begin)
+                late = g[..., skipped : end - begin].flatten(0, 1)
+                early = wide[..., begin - first + skipped - j : end - first - j].flatten(0, 1)
                 # A transpose, whose strides BLAS takes as they are; those of unsqueeze(2) would cost a copy.
                 products = torch.bmm(late.unsqueeze(1), early.unsqueeze(1).transpose(1, 2)).view(g.shape[:2])
                 by_tap[channels, k - 1 - j] += products.sum(0)
         if needs[2]:
-            by_bias[channels] += g.sum((0, 2))
+            by_bias[channels] += g[..., : end - begin].sum((0, 2))
     return dx, by_tap, by_bias
 
 
 def _convolve_span(x: Tensor, w: Tensor, bias: Tensor | None, begin: int, end: int, mirrored: bool = False) -> Tensor:
     """Positions ``begin`` to ``end`` of the convolution of vectors (B, L, C), as (B, end − begin, C)."""
     length, k = x.shape[1], w.shape[1]
-    first, last = (begin, min(length, end + k - 1)) if mirrored else (max(0, begin - k + 1), end)
+    first, last = _seen(begin, end, length, k, mirrored)
     missing = k - 1 - ((last - end) if mirrored else (begin - first))
     # Axes are added in the order that leaves the strides of a channels-last image.
     image = x[:, first:last].to(w.dtype).transpose(1, 2).unsqueeze(2)
