@@ -217,6 +217,12 @@ def _reach(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> str:
     return "short" if taps < 8 else "middle" if taps < 12 else "upper" if taps < 15 else "long"
 
 
+def _thin(geo: Geometry) -> bool:
+    """Whether PyTorch's gradient of the weight has a fast kernel for these sizes."""
+    tall = max(geo.stride) == 1 and all(k <= n for k, n in zip(geo.kernel, geo.size, strict=True))
+    return geo.kernel[-1] <= 3 and max(geo.dilation) == 1 and (tall or max(geo.kernel) <= 3)
+
+
 def _inside(geo: Geometry) -> int:
     """Products per channel without those of padding, which PyTorch's kernels skip."""
     total = 1
@@ -251,7 +257,7 @@ def features(form: str, geo: Geometry, last: bool) -> dict[str, float]:
     stuffed = kind == "x" and name != "native"  # a strided gradient gets zeros between its numbers
     products = float(maps * (_inside(geo) if skips else math.prod(geo.kernel) * (inputs if stuffed else outputs)))
     if kind == "w" and name == "native":
-        return terms | {"volume" if geo.ndim == 3 else "tiny" if max(geo.kernel) <= 3 else "wide": products}
+        return terms | {"volume" if geo.ndim == 3 else "tiny" if _thin(geo) else "wide": products}
     if kind == "w":
         return terms | {"maps": float(maps), _reach(geo.out, geo.stride): products}
     terms["rows"] = float(maps * math.prod(geo.out[:-1]))
