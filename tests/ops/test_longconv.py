@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import warnings
@@ -10,8 +11,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
+from tests.parity.core import run_file
 from torchconv.kernels._long_monarch import dft_matrix
 from torchconv.models.sequence.longconv import LongConvModel
 from torchconv.ops._sequence import SpectrumCache
@@ -68,18 +71,19 @@ class TestKernel:
         assert torch.allclose(flat[edge : 20 - edge], torch.ones(20 - 2 * edge))
         assert float(flat[0]) == pytest.approx((window - edge) / window)
 
-    @pytest.mark.parametrize(("length", "window"), [(24, 7), (24, 1), (25, 5), (8, 7)])
+    @pytest.mark.parametrize(("length", "window"), [(24, 7), (24, 1), (25, 5), (8, 7), (24, 4), (25, 2), (8, 20)])
     def test_frequency_smoothing(self, length, window):
         k = noise(2, 3, length)
         spectrum = torch.fft.rfft(k)
-        bins, half = spectrum.shape[-1], window // 2
+        bins, half = spectrum.shape[-1], (window - 1) // 2
         out = torch.zeros_like(spectrum)
         for b in range(bins):
             for j in range(window):
                 if 0 <= b + j - half < bins:
-                    out[..., b] += math.exp(-0.5 * abs(j - half) ** 2) * spectrum[..., b + j - half]
+                    out[..., b] += math.exp(-0.5 * abs(j - window // 2) ** 2) * spectrum[..., b + j - half]
         torch.testing.assert_close(smooth_frequencies(k, window), torch.fft.irfft(out))
         assert smooth_frequencies(k, window).shape[-1] == 2 * (length // 2)
+        assert LongConvKernel(3, length, use_ma_smoothing=True, smooth_freq=True, ma_window_len=window).window == window
 
     def test_envelopes(self):
         e = double_exponential(6, 20, dtype=torch.float64)
@@ -135,7 +139,7 @@ class TestKernel:
 
 
 class TestLayer:
-    @pytest.mark.parametrize("length", [1, 2, 9, 16, 17, 32, 45])
+    @pytest.mark.parametrize("length", [1, 2, 9, 16, 17, 32, 45, 80])
     @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize("causal", [False, True])
     def test_wrapped_is_what_the_authors_compute(self, length, bidirectional, causal):
@@ -231,6 +235,44 @@ class TestLayer:
             u = noise(2, 3, length)
             torch.testing.assert_close(layer(u), plain(u))
 
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_wrapped_by_blocks(self, bidirectional):
+        options = {"block_fft_conv": True, "block_fft_conv_args": {"learn_dft_matrices": False}, "wrap": True}
+        layer = build(LongConvLayer, 3, 20, 1, bidirectional, "id", None, **options)
+        for length, n in ((16, 32), (20, 40), (44, 64)):  # only the first and the last are a transform's length
+            u, kernel = noise(2, 3, length), layer.kernel()
+            if bidirectional:
+                kernel = F.pad(kernel[:1], (0, length)) + F.pad(kernel[1:].flip(-1), (length, 0))
+            size = 1 << (n - 1).bit_length()
+            product = torch.fft.fft(u, size).unsqueeze(1) * torch.fft.fft(kernel, size)
+            expected = torch.fft.ifft(product, n).real[..., :length] + layer.D[..., None] * u[:, None]
+            torch.testing.assert_close(layer(u), expected.flatten(1, 2))
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("softplus", lambda x: (1 + x.exp()).log()),
+            ("sqrelu", lambda x: x.clamp(min=0) ** 2),
+            ("relu2", lambda x: x.clamp(min=0) ** 2),
+            ("laplace", lambda x: torch.special.ndtr((x - 0.707107) / 0.282095)),
+        ],
+    )
+    def test_activations_of_language_models(self, name, expected):
+        layer = build(LongConvLayer, 3, 16, activation=name, postact=name)
+        bare = build(LongConvLayer, 3, 16, activation="id", postact=None)
+        u, linear = noise(2, 3, 12), layer.output_linear[0]
+        v = F.linear(expected(bare(u)).transpose(1, 2), linear.weight, linear.bias)
+        torch.testing.assert_close(layer(u), expected(v).transpose(1, 2))
+
+    def test_lengths_in_a_golden_file(self, tmp_path):
+        layer, u, lengths = LongConvLayer(3, 16, wrap=True), noise(2, 3, 16).float(), torch.tensor([16, 5])
+        tensors = {f"state.{n}": t for n, t in layer.state_dict().items()}
+        tensors |= {"input.u": u, "input.lengths": lengths, "output.y": layer(u, lengths).detach()}
+        config = json.dumps({"d_model": 3, "l_max": 16, "lam": 0.003})
+        save_file(tensors, tmp_path / "case.safetensors", {"config": config, "source": "long_conv.py:LongConv"})
+        report = run_file(tmp_path / "case.safetensors", key="longconv")
+        assert report.passed, report
+
     def test_refusals(self):
         for change, message in (
             ({"d_model": 0}, "d_model=0"),
@@ -302,7 +344,7 @@ class TestBlockFFT:
         block, x = build(BlockFFT, learned), torch.complex(noise(2, 3, size), noise(2, 3, size, seed=1))
         torch.testing.assert_close(block(x), torch.fft.fft(x))
         torch.testing.assert_close(block(block(x), forward=False), x)
-        single = BlockFFT(learned)(x.to(torch.complex64))
+        single = BlockFFT(learned)(x.to(torch.complex64)).detach()
         assert float((single - torch.fft.fft(x)).abs().max()) <= 1e-5 * float(torch.fft.fft(x).abs().max())
 
     def test_sizes_are_rounded_up_and_inputs_padded(self):

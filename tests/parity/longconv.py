@@ -49,7 +49,7 @@ def _adapt(case: Case, config: dict[str, Any]) -> Adapted:
         return Adapted(lambda i: {"kernel": kernel()}, kernel)
     module = _module(config, case.source.rsplit(":", 1)[-1].strip())
     duplicates = lambda n: ".dft_matrices." in n or n.endswith("num_batches_tracked")  # noqa: E731
-    return Adapted(lambda i: {"y": module(*i.values())}, module, ignore=duplicates)
+    return Adapted(lambda i: {"y": module(*_ordered(i))}, module, ignore=duplicates)
 
 
 def _module(config: dict[str, Any], source: str) -> nn.Module:
@@ -62,6 +62,11 @@ def _module(config: dict[str, Any], source: str) -> nn.Module:
         return StandaloneLongConv(**{"kernel_lam": 0.1, **config})
     block = {k: v for k, v in (config.pop("block_fft_conv_args", None) or {}).items() if k not in _IDLE}
     return LongConvLayer(**{"lam": 0.1, **config, "block_fft_conv_args": block}, wrap=True)
+
+
+def _ordered(inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The sequence first, then ``lengths`` where there are any; files sort by name."""
+    return [inputs[n] for n in sorted(inputs, key=lambda n: n == "lengths")]
 
 
 def _start(inputs: dict[str, Tensor], config: dict[str, Any]) -> Tensor:

@@ -37,31 +37,29 @@ def moving_average(kernel: Tensor, window: int) -> Tensor:
         >>> moving_average(torch.tensor([[3.0, 3.0, 3.0]]), 3)
         tensor([[2., 3., 2.]])
     """
-    _check_window(window)
+    check_positive("window", window)
+    check(window % 2 == 1, "window", window, "must be odd, so that it has a centre")
     return F.avg_pool1d(kernel, window, 1, window // 2)
 
 
 def smooth_frequencies(kernel: Tensor, window: int) -> Tensor:
     """Correlate the spectrum of (\\*, L) with the Gaussian exp(−½·(j − window // 2)²), not normalised.
 
-    A product with a fixed bump in time, in effect. An odd L loses its last sample, as in the authors' code.
+    A product with a fixed bump in time, in effect. An odd L loses its last sample, as in the authors' code. An even
+    ``window`` reaches one bin further to lower frequencies.
 
     Shape:
         (\\*, L) → (\\*, 2·(L // 2)).
     """
-    _check_window(window)
+    check_positive("window", window)
     wide = kernel.float() if kernel.dtype in (torch.float16, torch.bfloat16) else kernel
     spectrum = torch.fft.rfft(wide)
     offset = torch.arange(window, device=kernel.device, dtype=wide.dtype) - window // 2
     weight = torch.exp(-0.5 * offset.square()).reshape(1, 1, -1)
     parts = torch.stack([spectrum.real, spectrum.imag])
-    flat = F.conv1d(parts.reshape(-1, 1, parts.shape[-1]), weight, padding=window // 2).reshape(parts.shape)
+    padded = F.pad(parts, ((window - 1) // 2, window // 2))
+    flat = F.conv1d(padded.reshape(-1, 1, padded.shape[-1]), weight).reshape(parts.shape)
     return torch.fft.irfft(torch.complex(flat[0], flat[1])).to(kernel.dtype)
-
-
-def _check_window(window: int) -> None:
-    check_positive("window", window)
-    check(window % 2 == 1, "window", window, "must be odd, so that it has a centre")
 
 
 def double_exponential(features: int, length: int, device: Any = None, dtype: Any = None) -> Tensor:
@@ -141,8 +139,8 @@ class LongConvKernel(nn.Module):
         for name, value in (("H", H), ("L", L), ("channels", channels), ("ma_window_len", ma_window_len)):
             check_positive(name, value)
         check(lam >= 0 and math.isfinite(lam), "lam", lam, "must be at least 0")
-        odd = ma_window_len % 2 == 1 or not use_ma_smoothing
-        check(odd, "ma_window_len", ma_window_len, "must be odd, so that it has a centre")
+        odd = ma_window_len % 2 == 1 or smooth_freq or not use_ma_smoothing
+        check(odd, "ma_window_len", ma_window_len, "must be odd, so that the average has a centre")
         check_choice("weight_init", weight_init, STARTS)
         self.lam, self.weight_init, self.init_std = lam, weight_init, init_std
         self.window = ma_window_len if use_ma_smoothing else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,19 @@ from torch import Tensor, nn
 from torchconv._common import check_choice
 from torchconv.kernels._custom import in_ordinary_operators
 from torchconv.kernels.long import Spectrum, long_conv, long_conv_spectrum
+
+
+class _SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class _Laplace(nn.Module):
+    """The normal distribution function of mean √½ and deviation √(1/4π), close to a squared ReLU (arXiv 2209.10655)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
+
 
 ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
     None: nn.Identity,
@@ -24,6 +38,10 @@ ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
     "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "sqrelu": _SquaredReLU,
+    "relu2": _SquaredReLU,
+    "laplace": _Laplace,
 }
 _INITIALIZERS: dict[str, Callable[[Tensor, str], Any]] = {
     "uniform": lambda w, nonlinearity: nn.init.kaiming_uniform_(w, nonlinearity=nonlinearity),  # type: ignore[arg-type]

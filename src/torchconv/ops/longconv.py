@@ -237,15 +237,17 @@ class LongConvLayer(nn.Module):
         l_max: taps of the kernel; inputs may be shorter (it is cut) or longer (zeros follow).
         channels: c kernels for every feature.
         bidirectional: a second kernel looks ahead, from lag −1.
-        activation: after the convolution: "gelu", "silu", "relu", "tanh", "sigmoid" or "id".
+        activation: after the convolution: "gelu", "silu", "relu", "tanh", "sigmoid", "softplus", "sqrelu", "laplace" or
+            "id".
         postact: of the projection: "glu" or an activation; None leaves the projection out and gives c·H features.
         initializer, weight_norm: of the projection.
         dropout: probability; ``tie_dropout`` drops whole features of a sequence.
         transposed: sequences are (B, H, L), otherwise (B, L, H).
         block_fft_conv: transform by :class:`BlockFFT`, of sequences and kernels apart; the inverse is exact.
         block_fft_conv_args: its arguments.
-        wrap: what the authors' layer does with inputs shorter than the kernel: the kernel is cut to twice the input
-            only, and what is beyond the input acts at negative lags, so that a causal layer looks ahead.
+        wrap: what the authors' layer does, circular convolution of length + min(length, l_max) samples: a kernel longer
+            than the input is cut to twice the input only, and what is beyond the input acts at negative lags, so that
+            a causal layer looks ahead. By blocks it is defined where that sum is a power of two.
         kernel_args: of :class:`LongConvKernel`.
 
     Shape:
@@ -323,19 +325,18 @@ class LongConvLayer(nn.Module):
         if not self.wrap and self.bidirectional:
             n = 2 * length  # as many as both sides of the kernel, or more
         kernel = self._circular(length, n, self.wrap)
-        if self.bidirectional or kernel.shape[-1] > length:
+        origin = 0
+        if self.bidirectional or (self.wrap and kernel.shape[-1] + length - 1 > n):
             kernel, origin = wrapped(kernel, length, n)
-        else:
-            origin = 0
         return with_skip(kernel, self.D, origin), origin
 
     def _by_blocks(self, u: Tensor) -> Tensor:
         length = u.shape[-1]
-        exact = min(length, self.l_max) + length
-        n = power_of_two(exact if self.wrap else 2 * length)
-        kernel = self._circular(length, n, self.wrap and n == exact)
-        spectrum = self.block_fft_u(u, n).unsqueeze(1) * self.block_fft_k(kernel, n)
-        y = torch.fft.ifft(spectrum).real[..., :length].to(u.dtype)
+        n = power_of_two(2 * length)
+        exact = min(length, self.l_max) + length if self.wrap else n
+        kernel = self._circular(length, n, self.wrap)
+        spectrum = self.block_fft_u(u, exact).unsqueeze(1) * self.block_fft_k(kernel, exact)
+        y = torch.fft.ifft(spectrum, exact).real[..., :length].to(u.dtype)
         return y + self.D.unsqueeze(-1) * u.unsqueeze(1)
 
     def forward(self, u: Tensor, lengths: Tensor | int | None = None) -> Tensor:
