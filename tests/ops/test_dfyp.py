@@ -188,6 +188,14 @@ def test_histogram_is_numpys():
     torch.testing.assert_close(features.sum(2), torch.ones(3, 2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("bins", "largest"), [(7, 100.0), (30, 4999.0), (49, 1.7)])
+def test_pixels_on_an_edge_fall_where_numpy_puts_them(bins, largest):
+    edges = np.linspace(1, largest, bins + 1)
+    expected, _ = np.histogram(edges, edges)
+    features = histogram_features(torch.from_numpy(edges).reshape(-1, 1, 1), 1, bins, largest)
+    np.testing.assert_allclose(features[0, 0].numpy(), expected / expected.sum())
+
+
 def process(sigma_e=0.32, sigma_b=0.01, **options):
     train = (noise(8, 3), noise(8, 2, seed=1), noise(8, seed=2), noise(8, seed=3))
     test = (noise(4, 3, seed=4), noise(4, 2, seed=5), noise(4, seed=6))

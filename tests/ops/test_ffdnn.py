@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,17 @@ def test_crops_and_local_unit():
     torch.testing.assert_close(transform.merge()(x), transform(x))
     with pytest.raises(ValueError, match="even sizes"):
         transform(noise(1, 4, 5, 8))
+
+
+def test_spectral_transform_rounds_down_as_published():
+    x = noise(2, 4, 7, 9)
+    transform = randomised(SpectralTransform(4, 6, 2, enable_lfu=False))
+    h = transform.conv1(F.avg_pool2d(x, 2))
+    assert h.shape[2:] == (3, 4)
+    torch.testing.assert_close(transform(x), transform.conv2(h + transform.fu(h)))
+    assert SpectralTransform(4, 6, 2, enable_lfu=False, ceil_mode=True)(x.float()).shape == (2, 6, 4, 5)
+    with pytest.raises(ValueError, match="stride"):
+        SpectralTransform(4, 6, 2, enable_lfu=False)(torch.zeros(1, 4, 5, 1))
 
 
 @pytest.mark.parametrize(("kind", "size"), [(FFC1d, (9,)), (FFC2d, (9, 8)), (FFC3d, (5, 4, 6))])
@@ -304,6 +316,14 @@ def test_indices():
         vegetation_index("tcari", {"B4": bands["B4"]})
     with pytest.raises(ValueError, match="name='ndwi'"):
         vegetation_index("ndwi", bands)
+
+
+def test_parity_asks_for_the_bands_of_the_stored_indices_only():
+    from tests.parity.ffdnn import _indices
+
+    case = SimpleNamespace(config={"band_order": ["B8", "B4"]}, outputs={"ndvi": None})
+    found = _indices(case, torch.tensor([[0.3, 0.1]]))
+    torch.testing.assert_close(found, {"ndvi": torch.tensor([0.5])})
 
 
 def test_refusals_of_the_series_parts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -217,21 +218,19 @@ def test_channels_last_is_kept(form):
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "parameters", "billions"),
-    [
-        ("p3d63", 400, 25_745_232, 8.44),
-        ("p3d131", 400, 48_088_400, 12.90),
-        ("p3d199", 400, 66_492_240, 18.40),
-        ("p3d199", 487, 66_670_503, 18.40),
-    ],
+    ("name", "parameters", "billions"),
+    [("p3d63", 25_745_232, 8.44), ("p3d131", 48_088_400, 12.90), ("p3d199", 66_492_240, 18.40)],
 )
-def test_published_sizes(name, classes, parameters, billions):
+def test_published_sizes(name, parameters, billions):
     with torch.device("meta"):
-        net, x = getattr(family, name)(num_classes=classes).eval(), torch.zeros(1, 3, 16, 160, 160)
+        net, x = getattr(family, name)().eval(), torch.zeros(1, 3, 16, 160, 160)
     assert sum(p.numel() for p in net.parameters()) == parameters
     with FlopCounterMode(display=False) as counter:
         assert net.forward_features(x).shape == (1, 2048, 1, 5, 5)
     assert round(counter.get_total_flops() / 2e9, 2) == billions
+    if name == "p3d199":  # Sports-1M
+        net.reset_classifier(487)
+        assert sum(p.numel() for p in net.parameters()) == 66_670_503
 
 
 def test_letters_of_p3d199():
@@ -311,6 +310,40 @@ def test_resnet_weights_become_spatial_ones():
         P3D((1, 1, 1, 1)).load_resnet(resnet.state_dict())
     with pytest.raises(ValueError, match="shape"):
         P3D((3, 4, 6, 3), width=32).load_resnet(resnet.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "stride"),
+    [
+        ({"n_s": 0, "downsample": True, "stride": 2}, 1),
+        ({"n_s": 4, "downsample": True}, 2),
+        ({"n_s": 4, "downsample": False}, 1),
+        ({"n_s": 6, "depth_3d": 6, "downsample": True, "ds_stride": [1, 1, 1]}, 2),
+        ({"n_s": 7, "depth_3d": 6, "downsample": True}, 1),
+    ],
+)
+def test_parity_takes_the_ports_strides(config, stride):
+    from tests.parity.p3d import _block
+
+    module = _block({"inplanes": 8, "planes": 2, **config}).module
+    assert module.conv1.stride[-1] == stride
+
+
+@pytest.mark.parametrize(("last", "frames"), [("res2c_relu", None), ("3a_pool", 2)])
+def test_parity_evaluates_the_graph_up_to_a_pooling(last, frames):
+    from pathlib import Path
+
+    from tests.parity.core import read_case, run_case
+
+    case = read_case(Path(__file__).parents[1] / "golden/p3d/caffe_graph_res2_res3a.safetensors")
+    pooled = F.max_pool3d(case.outputs["res2c"], (2, 1, 1), ceil_mode=True)
+    outputs = {"res2c": case.outputs["res2c"], **({"3a_pool": pooled} if frames else {})}
+    case.config["last"] = last
+    names = [n for n in case.state if "3a_" not in n]
+    assert len(outputs) == 1 or pooled.shape[2] == frames
+    state = {n: case.state[n] for n in names}
+    case = dataclasses.replace(case, outputs=outputs, grads={}, state=state)
+    assert all(t.passed for t in run_case(case))
 
 
 def test_refusals():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,17 @@ def test_pads_of_the_sphere(pole_rows):
             source, east = 9 - source - skip, (east + 4) % 8
         assert torch.equal(y[..., row, column], x[..., source, east])
     assert torch.equal(pad_circular(x, (0, 0)), x)
+
+
+def test_parity_reads_the_decomposition_from_the_kernels():
+    from tests.parity.puyun import parts
+
+    layer = LKA2d(3, kernel_size=11, decomposition=4)
+    case = SimpleNamespace(config={"dim": 3}, state=layer.state_dict(), inputs={"x": noise(1, 3, 4, 4)})
+    ours = parts(case).module
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(ours(x), layer(x))
 
 
 def test_bad_arguments():

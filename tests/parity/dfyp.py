@@ -48,7 +48,7 @@ def _module(case: Case, kind: str | None) -> nn.Module:
         return ResolutionAttention(config["channels"], config.get("reduction", reduction), pool)
     if kind == "ConvBlock":
         size, stride = config.get("kernel_size", 3), config.get("stride", 1)
-        return ConvBlock(config["in_channels"], config["out_channels"], size, stride, config.get("dropout", 0.5))
+        return ConvBlock(config["in_channels"], config["out_channels"], size, stride, config.get("dropout", 0.0))
     if kind == "SentinelCropOperatorGate":
         return OperatorBlend(default=config.get("operator_type", "sobel"), grey=True)
     raise ParityError(f"{kind or case.name}: the networks and the vision transformer are still to come")

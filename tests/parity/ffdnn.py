@@ -27,7 +27,7 @@ def adapt(case: Case) -> Adapted:
     if "weight_ri" in case.inputs:
         return Adapted(_fourier_kernel)
     if "bands" in case.inputs:
-        return Adapted(lambda inputs: _indices(config, inputs["bands"]))
+        return Adapted(lambda inputs: _indices(case, inputs["bands"]))
     if "u" in case.inputs:
         return Adapted(lambda inputs: _routing(config, inputs))
     raise ParityError(
@@ -44,7 +44,8 @@ def _spectral(case: Case) -> Adapted:
     if kind == "FourierUnit":
         module = FourierUnit(*channels, groups, ndim)
     elif kind == "SpectralTransform":
-        module = SpectralTransform(*channels, config.get("stride", 1), groups, lfu, ndim)
+        stride = 2 if config.get("stride") == 2 else 1  # any other one does nothing in the authors' code
+        module = SpectralTransform(*channels, stride, groups, lfu, ndim)
     elif kind in ("FFC_BN_ACT", "FFC"):
         return _ffc(case, kind == "FFC")
     else:
@@ -55,12 +56,14 @@ def _spectral(case: Case) -> Adapted:
 def _ffc(case: Case, bare: bool) -> Adapted:
     config = case.config
     kernel_size = config.get("kernel_size", 3)
+    # Without local channels on both sides no convolution is left that could be padded.
+    everywhere = min(config.get("ratio_gin", 0.5), config.get("ratio_gout", 0.5)) >= 1
     sizes = (
         config["in_channels"],
         config["out_channels"],
         kernel_size,
         config.get("stride", 1),
-        config.get("padding", 0),
+        "same" if everywhere else config.get("padding", 0),
         config.get("dilation", 1),
         config.get("groups", 1),
         config.get("bias", False),
@@ -70,9 +73,11 @@ def _ffc(case: Case, bare: bool) -> Adapted:
         "ratio_gout": config.get("ratio_gout", 0.5),
         "enable_lfu": config.get("enable_lfu", True),
     }
-    activation = getattr(nn, str(config.get("activation_layer", "Identity")).rsplit(".", 1)[-1])
+    activation = getattr(nn, str(config.get("activation_layer") or "Identity").rsplit(".", 1)[-1])
     module: Any = FFC2d(*sizes, **shares) if bare else FFCBlock(*sizes, **shares, activation=activation)
-    apply = module.local_global if bare else module
+    apply, ffc = (module.local_global, module) if bare else (module, module.ffc)
+    if ffc.convg2g is not None and not ffc.in_local:
+        ffc.convg2g.ceil_mode = False  # the authors round down, which only shows where no convolution is added
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         local, other = inputs.get("x_local"), inputs.get("x_global")
@@ -98,8 +103,10 @@ def _routing(config: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Ten
     return {"v": v, "coupling": coupling, "loss": loss, "margin_loss": loss.reshape(1)}
 
 
-def _indices(config: dict[str, Any], bands: Tensor) -> dict[str, Tensor]:
+def _indices(case: Case, bands: Tensor) -> dict[str, Tensor]:
+    config = case.config
     order = config.get("band_order", ["B3", "B4", "B5", "B6", "B8", "B8A"])
     named = {band: bands[..., i] for i, band in enumerate(order)}
     options = {k: config[k] for k in ("soil_slope", "clair_alpha", "wdvi_inf", "clip") if k in config}
-    return {name: vegetation_index(name, named, **options) for name in INDICES}
+    wanted = [name for name in INDICES if name in case.outputs]
+    return {name: vegetation_index(name, named, config.get("band_map"), **options) for name in wanted}

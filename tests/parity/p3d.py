@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.parity.core import Adapted, Case, ParityError
+from torchconv._common import ntuple
 from torchconv.models.video.p3d import P3D, P3DBottleneck
 
 
@@ -19,20 +20,19 @@ def adapt(case: Case) -> Adapted:
 
 
 def _block(config: dict[str, Any]) -> Adapted:
-    forms, number = config.get("ST_struc", "ABC"), config.get("n_s", 0)
-    form = forms[number % len(forms)] if number < config.get("depth_3d", 47) else "2d"
-    downsample = config.get("downsample", False)
-    # The port strides a block's first convolution as its shortcut, whatever stride it is given.
-    steps = config.get("ds_stride", config.get("stride", 1)) if downsample else 1
-    stride = steps if isinstance(steps, int) else steps[-1]
-    module = P3DBottleneck(config["inplanes"], config["planes"], stride, form, "port", bool(downsample))
+    forms, number, depth = config.get("ST_struc", "ABC"), config.get("n_s", 0), config.get("depth_3d", 47)
+    form = forms[number % len(forms)] if number < depth else "2d"
+    downsample = bool(config.get("downsample", False))
+    # The port's rule, whatever strides it is given; the shortcut can only follow.
+    strided = downsample and (number == depth or 0 < number < depth)
+    module = P3DBottleneck(config["inplanes"], config["planes"], 1 + strided, form, "port", downsample)
     return Adapted(lambda inputs: {"y": module(inputs["x"])}, module)
 
 
 def _network(case: Case) -> Adapted:
     config = case.config
-    if config.get("avgpool", "global") != "global":
-        raise ParityError(f"avgpool {config['avgpool']!r}: the network averages over all places; only 'global' is it")
+    pool = config.get("avgpool", "global")
+    window = None if pool == "global" else ntuple("avgpool", pool, 2)
     net = P3D(
         config["layers"],
         config.get("num_classes", 400),
@@ -40,7 +40,7 @@ def _network(case: Case) -> Adapted:
         config.get("width", 64),
         config.get("ST_struc", "ABC"),
         "port",
-        config.get("dropout", 0.5),
+        config.get("dropout", 0.0),
     )
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +50,8 @@ def _network(case: Case) -> Adapted:
         x = net.pool(x)
         # The port folds time away by a plain view, which is right for one frame only.
         y = net.layer4(x.reshape(-1, *(x.shape[i] for i in (1, 3, 4))))
+        if window not in (None, tuple(y.shape[2:])):
+            raise ParityError(f"avgpool {pool!r}: the network averages over all of the last map, {tuple(y.shape[2:])}")
         return {"y": net.fc(net.neck(y.mean((2, 3))))}
 
     return Adapted(forward, net)
@@ -97,9 +99,9 @@ def _caffe(case: Case) -> Adapted:
         if last == "pool1":
             return found
         for stage, names in blocks.items():
-            if stage > 2 and names:
-                x = net.pool(x)
-                found["res5a_pool" if stage == 5 else f"{stage}a_pool"] = x
+            pool = "res5a_pool" if stage == 5 else f"{stage}a_pool"
+            if stage > 2 and (names or last == pool):
+                x = found[pool] = net.pool(x)
                 x = x.transpose(1, 2).flatten(0, 1) if stage == 5 else x
             for block in names:
                 module: Any = net.get_submodule(places[block])
@@ -110,15 +112,13 @@ def _caffe(case: Case) -> Adapted:
             found["pool5"] = x.mean((2, 3), keepdim=True)
             if heads:
                 found[heads[0]] = net.fc(net.neck(x.mean((2, 3))))
+                if "prob" in case.outputs:
+                    found["prob"] = found[heads[0]].softmax(1)
         return _latest_first(found)
-
-    def probabilities(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"prob": forward(inputs)[heads[0]].softmax(1)} if "prob" in case.outputs else {}
 
     return Adapted(
         forward,
         net,
-        extra=probabilities,
         state=lambda state: {name(n): t for n, t in state.items()},
         names=lambda n: name(n) if "." in n else n,
         # Layers behind the last one asked for are not in the file.

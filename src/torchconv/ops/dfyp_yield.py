@@ -45,7 +45,9 @@ def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float
     check_positive("bands", bands)
     check_positive("bins", bins)
     check(image.shape[-1] % bands == 0, "bands", bands, f"must divide the {image.shape[-1]} channels of the image")
-    edges = torch.linspace(1, largest, bins + 1, dtype=torch.float64, device=image.device)
+    # Rounded as NumPy rounds them: a pixel on an edge must not change its bin.
+    steps = torch.arange(bins + 1, dtype=torch.float64, device=image.device)
+    edges = torch.where(steps == bins, largest, steps * ((largest - 1) / bins) + 1)
     values = image.reshape(-1, image.shape[-1]).double()
     place = torch.bucketize(values, edges, right=True) - 1
     place = torch.where(values == edges[-1], bins - 1, place)

@@ -136,7 +136,7 @@ class FFC(nn.Module):
         self.convg2g: SpectralTransform | None = None
         if spectral:
             sizes = (self.in_global, self.out_global, self.stride, max(groups // 2, 1), enable_lfu, self.ndim)
-            self.convg2g = SpectralTransform(*sizes, **options)
+            self.convg2g = SpectralTransform(*sizes, ceil_mode=True, **options)
 
     def local_global(self, x_local: Tensor | None, x_global: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The two parts of the output from the two parts of the input; a part without channels is None."""

@@ -173,14 +173,16 @@ class SpectralTransform(nn.Module):
 
     Args:
         in_channels, out_channels: channels; h has half of ``out_channels``.
-        stride: the map is averaged over stride^n blocks first, a smaller one at the end where it does not divide.
+        stride: the map is averaged over stride^n blocks first.
         groups: of all convolutions.
         enable_lfu: add the local Fourier unit: the first 1/2^n of h's channels, cut into half-size crops that are
             stacked as channels, through a Fourier unit, tiled back. Needs even maps.
         ndim: spatial axes n: 1, 2 or 3.
+        ceil_mode: where ``stride`` does not divide the map, average the smaller block at the end too; the authors leave
+            it out.
 
     Shape:
-        (N, in_channels, \\*spatial) → (N, out_channels, \\*⌈spatial/stride⌉).
+        (N, in_channels, \\*spatial) → (N, out_channels, \\*⌊spatial/stride⌋), ⌈spatial/stride⌉ with ``ceil_mode``.
 
     Raises:
         ValueError: an argument is out of range, or an odd map with the local unit.
@@ -201,6 +203,7 @@ class SpectralTransform(nn.Module):
         enable_lfu: bool = True,
         ndim: int = 2,
         *,
+        ceil_mode: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -214,7 +217,7 @@ class SpectralTransform(nn.Module):
             remedy = f"cuts the {hidden} channels between the convolutions in {pieces}; take a multiple or leave it out"
             check(hidden % pieces == 0, "enable_lfu", enable_lfu, remedy)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_channels, self.ndim, self.enable_lfu = in_channels, ndim, enable_lfu
+        self.in_channels, self.ndim, self.enable_lfu, self.ceil_mode = in_channels, ndim, enable_lfu, ceil_mode
         self.stride = ntuple("stride", stride, ndim)
         self.conv1 = nn.Sequential(
             CONV[ndim](in_channels, hidden, 1, groups=groups, bias=False, **options),
@@ -230,7 +233,9 @@ class SpectralTransform(nn.Module):
         """Apply the transform."""
         check_input(x, self.in_channels, self.ndim)
         if set(self.stride) != {1}:
-            x = _AVG_POOL[self.ndim](x, self.stride, self.stride, ceil_mode=True)
+            fits = self.ceil_mode or all(n >= s for n, s in zip(x.shape[2:], self.stride, strict=True))
+            check(fits, "stride", self.stride, f"larger than the map of x, {tuple(x.shape)}; use ceil_mode=True")
+            x = _AVG_POOL[self.ndim](x, self.stride, self.stride, ceil_mode=self.ceil_mode)
         h = self.conv1(x)
         y = h + self.fu(h)
         if self.enable_lfu:
