@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.parity.core import Case, run_case
 from torchconv.models.restore.tunable import TunableEDSR
 from torchconv.ops import tunable_transposed
 from torchconv.ops.tunable import TunableConv1d, TunableConv2d, TunableConv3d, set_tuning, tunable_conv, tuned
@@ -164,6 +165,8 @@ def test_parameter():
     torch.testing.assert_close(layer(torch.eye(3)), start.expand(3, 2, 1))
     layer.data.data = torch.randn(1, 3, 2, 1)
     torch.testing.assert_close(layer(torch.eye(3)), layer.data[0])
+    number = TunableParameter(2.0, mode="linear")
+    torch.testing.assert_close(number(torch.tensor([[1.0, 0.0], [0.5, 1.0]])), torch.tensor([2.0, 3.0]))
 
 
 @pytest.mark.parametrize(("mode", "expand"), [("linear", 1), ("mlp", 1), ("linear", 3)])
@@ -201,10 +204,29 @@ def test_model_made_tunable_starts_as_the_model(mode):
         torch.testing.assert_close(y[b : b + 1], net(x[b : b + 1]))
         torch.testing.assert_close(merge(net, x)(x), net.eval()(x))
     assert type(make_tunable(nn.Linear(3, 2))) is TunableLinear
+    shared = nn.Linear(3, 3)
+    both = make_tunable(nn.Sequential(shared, nn.Tanh(), shared))
+    assert type(both[0]) is TunableLinear
+    assert both[0] is both[2]
     with pytest.raises(ValueError, match="model="):
         make_tunable(nn.ReLU())
     with pytest.raises(ValueError, match="model="):
         set_tuning(nn.ReLU(), [1.0, 0.0])
+
+
+def test_tuning_as_numbers_or_one_row():
+    conv, transposed, linear = TunableConv2d(2, 3, 3), TunableConvTranspose2d(2, 3, 3), TunableLinear(5, 3)
+    x = torch.randn(4, 2, 5, 5)
+    for layer in (conv, transposed, linear):
+        rows = torch.tensor([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0], [0.3, 0.1]])
+        torch.testing.assert_close(layer(x, rows.tolist()), layer(x, rows))
+        torch.testing.assert_close(layer(x, [0.2, 0.8]), layer(x, rows[:1]))
+        with tuned(layer, [0.2, 0.8]):
+            torch.testing.assert_close(layer(x), layer(x, rows[0]))
+    for backend in ("auto", "basis"):
+        one = tunable_conv(x, conv.weight[0], conv.bias[0], torch.tensor([[0.2, 0.8]]), backend=backend)
+        each = tunable_conv(x, conv.weight[0], conv.bias[0], torch.tensor([[0.2, 0.8]] * 4), backend=backend)
+        torch.testing.assert_close(one, each)
 
 
 def test_tuned_restores_and_passes_gradients():
@@ -225,6 +247,9 @@ def test_exported_graph_serves_other_batches(kind):
     program = torch.export.export(layer, example, dynamic_shapes=({0: batch}, {0: batch}))
     other = (torch.randn(5, 4, 5, 4), torch.rand(5, 2))
     torch.testing.assert_close(program.module()(*other), layer(*other), atol=1e-5, rtol=1e-5)
+    row = torch.rand(1, 2)
+    program = torch.export.export(layer, (example[0], row), dynamic_shapes=({0: batch}, None))
+    torch.testing.assert_close(program.module()(other[0], row), layer(other[0], row), atol=1e-5, rtol=1e-5)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*other), layer(*other), atol=1e-5, rtol=1e-5)
 
@@ -267,6 +292,9 @@ def test_multi_loss():
         multi_loss([torch.tensor(1.0), torch.tensor(2.0)], torch.ones(2))
     with pytest.raises(ValueError, match="losses of shape"):
         multi_loss(losses, torch.ones(2, 3))
+    assert multi_loss(losses, torch.eye(2)[1:]) == losses[1].mean()
+    with pytest.raises(ValueError, match="losses of shapes"):
+        multi_loss([torch.ones(3), torch.ones(2)], torch.ones(2))
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
@@ -316,7 +344,24 @@ def test_refusals():
         TunableConv2d.from_conv(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="conv=Conv2d"):
         TunableConvTranspose2d.from_conv(nn.Conv2d(2, 2, 3))
+    with pytest.raises(ValueError, match="conv=ConvTranspose1d"):
+        TunableConvTranspose2d.from_conv(nn.ConvTranspose1d(2, 2, 3))
+    with pytest.raises(ValueError, match="linear=Conv1d"):
+        TunableLinear.from_linear(nn.Conv1d(2, 2, 1))
+    for mixing in (torch.ones(2, 2), torch.ones(3), torch.ones(3, 2, 1)):
+        with pytest.raises(ValueError, match="mixing of shape"):
+            tunable_conv(x, torch.zeros(2, 4, 4, 1, 1), None, mixing)
     with pytest.raises(ValueError, match="output_padding"):
         tunable_transposed.TunableConvTranspose2d(2, 2, 3, 2, output_padding=2)
     with pytest.raises(ValueError, match="backend="):
         tunable_conv(x, torch.zeros(1, 1, 4, 1, 1), None, torch.ones(1), backend="fast")
+
+
+def test_parity_takes_null_for_a_default():
+    config = {"class": "TunableDense", "in_channels": 2, "out_channels": 1, "expand_params": None, "mode": None}
+    layer = TunableLinear(2, 1)
+    x, omega = torch.randn(3, 4, 2), torch.rand(3, 2)
+    state = {n: t.detach() for n, t in layer.state_dict().items() if n != "tuning"}
+    inputs, outputs = {"x": x, "params": omega}, {"y": layer(x, omega).detach()}
+    case = Case("tunable", "null", config, "", "eval", "", None, None, state, inputs, outputs, {})
+    assert all(t.passed for t in run_case(case))

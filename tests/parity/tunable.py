@@ -30,7 +30,8 @@ def adapt(case: Case) -> Adapted:
 
 
 def _module(case: Case) -> nn.Module:
-    config = case.config
+    # The authors' classes take null for a default.
+    config = {name: value for name, value in case.config.items() if value is not None}
     kind = config.get("class", "TunableConv2d")
     mixing: dict[str, Any] = {
         "num_params": config.get("num_params", case.inputs["params"].shape[-1]),

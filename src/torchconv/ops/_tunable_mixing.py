@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive
 
 MODES = ("linear", "mlp")
+Params = Tensor | Sequence[float] | Sequence[Sequence[float]]
+"""ω as a tensor or as numbers: one vector or a row for each item."""
 
 
 class Tunable(nn.Module):
@@ -43,7 +45,7 @@ class Tunable(nn.Module):
         state_dict.setdefault(f"{prefix}tuning", self.tuning)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def set_tuning(self, params: Tensor | Sequence[float]) -> None:
+    def set_tuning(self, params: Params) -> None:
         """Set the default ω, a vector of ``num_params`` numbers."""
         value = torch.as_tensor(params)
         if value.shape != (self.num_params,):
@@ -51,7 +53,7 @@ class Tunable(nn.Module):
         with torch.no_grad():
             self.tuning = value.to(self.tuning).clone()
 
-    def mixing(self, params: Tensor | None = None, batch: int | None = None) -> Tensor:
+    def mixing(self, params: Params | None = None, batch: int | None = None) -> Tensor:
         """Mixing weights a(ω): (P,) → (N,), or (B, P) → (B, N); equal rows give one vector where that is cheap to see.
 
         Args:
@@ -62,6 +64,8 @@ class Tunable(nn.Module):
             ValueError: ``params`` has another shape.
         """
         omega = self.tuning if params is None else params
+        if not isinstance(omega, Tensor):
+            omega = torch.as_tensor(omega).to(self.tuning)
         fits = omega.dim() in (1, 2) and omega.shape[-1] == self.num_params
         if fits and omega.dim() == 2 and batch is not None and omega.shape[0] != batch:
             fits = omega.shape[0] == 1
@@ -76,7 +80,7 @@ class Tunable(nn.Module):
             return mixed
         return omega.to(self.tuning.dtype)
 
-    def _mixing_for_merge(self, params: Tensor | Sequence[float] | None) -> Tensor:
+    def _mixing_for_merge(self, params: Params | None) -> Tensor:
         omega = self.tuning if params is None else torch.as_tensor(params).to(self.tuning)
         if omega.dim() == 2 and omega.shape[0] == 1:
             omega = omega[0]
@@ -117,7 +121,7 @@ def tunable_modules(model: nn.Module) -> list[Tunable]:
     return [m for m in model.modules() if isinstance(m, Tunable)]
 
 
-def set_tuning(model: nn.Module, params: Tensor | Sequence[float]) -> nn.Module:
+def set_tuning(model: nn.Module, params: Params) -> nn.Module:
     """Set the default ω of every tunable layer of ``model``; returns ``model``.
 
     Raises:
@@ -131,7 +135,7 @@ def set_tuning(model: nn.Module, params: Tensor | Sequence[float]) -> nn.Module:
 
 
 @contextmanager
-def tuned(model: nn.Module, params: Tensor) -> Iterator[nn.Module]:
+def tuned(model: nn.Module, params: Params) -> Iterator[nn.Module]:
     """Within the context every tunable layer of ``model`` uses ``params``, (P,) or one row for each item of the batch.
 
     For models whose ``forward`` knows nothing of tuning. Gradients reach ``params``; call ``backward`` inside or
@@ -142,7 +146,7 @@ def tuned(model: nn.Module, params: Tensor) -> Iterator[nn.Module]:
     before = [module.tuning for module in found]
     try:
         for module in found:
-            module.tuning = params
+            module.tuning = params if isinstance(params, Tensor) else torch.as_tensor(params).to(module.tuning)
         yield model
     finally:
         for module, value in zip(found, before, strict=True):

@@ -14,7 +14,6 @@ of N kernels for each ω, N·|W| multiply-adds, on top of the plain convolution;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,7 +33,7 @@ from torchconv.ops._common import (
     make_conv,
     ntuple,
 )
-from torchconv.ops._tunable_mixing import Tunable, set_tuning, tuned
+from torchconv.ops._tunable_mixing import Params, Tunable, set_tuning, tuned
 
 BACKENDS = ("auto", "grouped", "basis")
 __all__ = [
@@ -51,7 +50,20 @@ __all__ = [
 
 def mix(mixing: Tensor, slots: Tensor) -> Tensor:
     """Weighted sum over the slots: mixing (N,) or (B, N), slots (N, …) → (…) or (B, …)."""
-    return (mixing.to(slots.dtype) @ slots.flatten(1)).reshape(*mixing.shape[:-1], *slots.shape[1:])
+    rows = slots.flatten(1) if slots.dim() > 1 else slots.unsqueeze(1)
+    return (mixing.to(slots.dtype) @ rows).reshape(*mixing.shape[:-1], *slots.shape[1:])
+
+
+def one_or_each(mixing: Tensor, slots: int, batch: int) -> Tensor:
+    """``mixing`` for the whole batch, (N,), or for each item, (B, N); a single row is for all."""
+    shape = tuple(mixing.shape)
+    fits = len(shape) in (1, 2) and shape[-1] == slots
+    if fits and len(shape) == 2 and not torch.compiler.is_exporting() and shape[0] != batch:
+        fits = shape[0] == 1
+        mixing = mixing.flatten()
+    if not fits:
+        raise ValueError(f"mixing of shape {shape}: expected ({slots},) or ({batch}, {slots})")
+    return mixing
 
 
 def tunable_conv(
@@ -73,7 +85,7 @@ def tunable_conv(
         x: the map.
         weight: (N, out, in/groups, \\*kernel).
         bias: (N, out) or None.
-        mixing: (N,) for the whole batch, or (B, N).
+        mixing: (N,) or (1, N) for the whole batch, or (B, N).
         stride, padding, dilation, groups: as in ``nn.ConvNd``; "same" gives ceil(L / stride).
         backend: for (B, N): "grouped" mixes kernels and is one convolution with B·groups groups; "basis" convolves
             with all N kernels and mixes the results, N times the multiply-adds. "auto" is "grouped" (measured: 1.2 to
@@ -83,7 +95,7 @@ def tunable_conv(
         (B, in, \\*spatial) → (B, out, \\*spatial').
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or a ``mixing`` of another shape.
 
     Example:
         >>> weight = torch.tensor([1.0, 10.0]).reshape(2, 1, 1, 1)
@@ -93,6 +105,7 @@ def tunable_conv(
     Reference: arXiv 2304.00898, section 3.1.
     """
     check_choice("backend", backend, BACKENDS)
+    mixing = one_or_each(mixing, weight.shape[0], x.shape[0])
     if mixing.dim() == 1:
         beta = None if bias is None else mix(mixing, bias)
         return conv_nd(x, mix(mixing, weight), beta, stride, padding, dilation, groups)
@@ -108,9 +121,9 @@ def tunable_conv(
         y = torch.einsum("bn,bgno...->bgo...", mixing.to(y.dtype), y).flatten(1, 2)
     else:
         kernels = mix(mixing, weight)
-        y = convolve(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), x.shape[0] * groups)
+        y = convolve(x.flatten(0, 1).unsqueeze(0), kernels.flatten(0, 1), x.shape[0] * groups)
         y = keep_layout(y.reshape(x.shape[0], weight.shape[1], *y.shape[2:]), x)
-    return y if bias is None else y + mix(mixing, bias).reshape(*y.shape[:2], *[1] * (x.dim() - 2))
+    return y if bias is None else y + mix(mixing, bias).reshape(-1, y.shape[1], *[1] * (x.dim() - 2))
 
 
 @part(
@@ -230,7 +243,7 @@ class TunableConv(Tunable):
         if self.mlp is not None:
             self.mlp.reset_parameters()
 
-    def forward(self, x: Tensor, params: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, params: Params | None = None) -> Tensor:
         """Convolve ``x`` with the kernels mixed by ``params``, by default by ``tuning``."""
         check_input(x, self.in_channels, self.ndim)
         bias = None if self.bias is None else self.bias[0]
@@ -239,7 +252,7 @@ class TunableConv(Tunable):
             x, self.weight[0], bias, mixing, self.stride, self.padding, self.dilation, self.groups, self.backend
         )
 
-    def merge(self, params: Tensor | Sequence[float] | None = None) -> nn.Module:
+    def merge(self, params: Params | None = None) -> nn.Module:
         """The plain ``nn.ConvNd`` at one ω, by default at ``tuning``."""
         mixing = self._mixing_for_merge(params)
         bias = None if self.bias is None else mix(mixing, self.bias[0])

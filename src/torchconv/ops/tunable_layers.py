@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
-from torchconv.ops._tunable_mixing import Tunable
-from torchconv.ops.tunable import TunableConv1d, TunableConv2d, TunableConv3d, mix
+from torchconv.ops._tunable_mixing import Params, Tunable
+from torchconv.ops.tunable import TunableConv1d, TunableConv2d, TunableConv3d, mix, one_or_each
 from torchconv.ops.tunable_transposed import (
     TunableConvTranspose1d,
     TunableConvTranspose2d,
@@ -35,6 +35,7 @@ def tunable_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Tenso
     Shape:
         (B, \\*, in) → (B, \\*, out).
     """
+    mixing = one_or_each(mixing, weight.shape[0], x.shape[0])
     beta = None if bias is None else mix(mixing, bias)
     if mixing.dim() == 1:
         return F.linear(x, mix(mixing, weight), beta)
@@ -104,6 +105,8 @@ class TunableLinear(Tunable):
     @classmethod
     def from_linear(cls, linear: nn.Linear, num_params: int = 2, expand_params: int = 1, mode: str = "mlp") -> Self:
         """A tunable layer whose N matrices are copies of that of ``linear``: the same map where Σω = 1."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"linear={type(linear).__name__}: expected an nn.Linear")
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -126,14 +129,14 @@ class TunableLinear(Tunable):
         if self.mlp is not None:
             self.mlp.reset_parameters()
 
-    def forward(self, x: Tensor, params: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, params: Params | None = None) -> Tensor:
         """Apply the matrix mixed by ``params``, by default by ``tuning``."""
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, *, {self.in_features})")
         bias = None if self.bias is None else self.bias[0]
         return tunable_linear(x, self.weight[0], bias, self.mixing(params, x.shape[0]))
 
-    def merge(self, params: Tensor | Sequence[float] | None = None) -> nn.Module:
+    def merge(self, params: Params | None = None) -> nn.Module:
         """The plain ``nn.Linear`` at one ω, by default at ``tuning``."""
         mixing, weight = self._mixing_for_merge(params), self.weight.detach()
         options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -188,7 +191,7 @@ class TunableParameter(Tunable):
         start = torch.as_tensor(value, device=device, dtype=dtype or torch.get_default_dtype()).detach()
         self.data = nn.Parameter(start.expand(1, self.num_kernels, *start.shape).clone())
 
-    def forward(self, params: Tensor | None = None) -> Tensor:
+    def forward(self, params: Params | None = None) -> Tensor:
         """The tensor at ``params``, by default at ``tuning``."""
         return mix(self.mixing(params), self.data[0])
 
@@ -226,12 +229,13 @@ def make_tunable(model: nn.Module, num_params: int = 2, expand_params: int = 1, 
         return converted
 
     result = copy.deepcopy(model)
-    whole = convert(result)
-    if whole is not None:
-        return whole
-    replaced = [(name, new) for name, m in result.named_modules() if (new := convert(m)) is not None]
-    check(bool(replaced), "model", type(model).__name__, "has no convolution or linear layer to make tunable")
-    for name, module in replaced:
-        parent, _, leaf = name.rpartition(".")
-        setattr(result.get_submodule(parent), leaf, module)
+    # A layer in several places is one tunable layer in all of them.
+    found = {module: new for module in result.modules() if (new := convert(module)) is not None}
+    check(bool(found), "model", type(model).__name__, "has no convolution or linear layer to make tunable")
+    if result in found:
+        return found[result]
+    for name, module in list(result.named_modules(remove_duplicate=False)):
+        if module in found:
+            parent, _, leaf = name.rpartition(".")
+            setattr(result.get_submodule(parent), leaf, found[module])
     return result

@@ -26,7 +26,7 @@ def multi_loss(losses: Tensor | Sequence[Tensor], params: Tensor) -> Tensor:
 
     Args:
         losses: P tensors (B,), the losses of each item for each objective, or one tensor (B, P).
-        params: (B, P), or (P,) for all.
+        params: (B, P), or (P,) or (1, P) for all.
 
     Returns:
         a scalar.
@@ -40,8 +40,11 @@ def multi_loss(losses: Tensor | Sequence[Tensor], params: Tensor) -> Tensor:
 
     Reference: arXiv 2304.00898, equation of the multi-loss.
     """
+    sizes = {tuple(losses.shape)} if isinstance(losses, Tensor) else {tuple(loss.shape) for loss in losses}
+    if len(sizes) != 1:
+        raise ValueError(f"losses of shapes {sorted(sizes)}: expected P tensors of one shape, (B,)")
     table = losses if isinstance(losses, Tensor) else torch.stack(list(losses), -1)
-    fits = table.dim() == 2 and params.shape in ((table.shape[1],), table.shape)
+    fits = table.dim() == 2 and params.shape in ((table.shape[1],), (1, table.shape[1]), table.shape)
     if not fits:
         shapes = f"{tuple(table.shape)} with params of shape {tuple(params.shape)}"
         raise ValueError(f"losses of shape {shapes}: expected (B, P), not averaged over the batch, and (B, P) or (P,)")

@@ -5,7 +5,6 @@ Kernels follow ``nn.ConvTransposeNd``, (in, out/groups, \\*kernel), behind the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,8 +15,8 @@ from torchconv._common import check
 from torchconv.catalog import part
 from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import Size, check_channels, check_input, ntuple
-from torchconv.ops._tunable_mixing import Tunable
-from torchconv.ops.tunable import mix
+from torchconv.ops._tunable_mixing import Params, Tunable
+from torchconv.ops.tunable import mix, one_or_each
 
 _TRANSPOSE: tuple[Any, ...] = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.Module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -40,15 +39,19 @@ def tunable_conv_transpose(
         x: the map.
         weight: (N, in, out/groups, \\*kernel).
         bias: (N, out) or None.
-        mixing: (N,) for the whole batch, or (B, N).
+        mixing: (N,) or (1, N) for the whole batch, or (B, N).
         stride, padding, output_padding, groups, dilation: as in ``nn.ConvTransposeNd``.
 
     Shape:
         (B, in, \\*spatial) → (B, out, \\*spatial').
 
+    Raises:
+        ValueError: a ``mixing`` of another shape.
+
     Reference: the layer of arXiv 2304.00898, transposed.
     """
     transpose = _TRANSPOSE[x.dim() - 2]
+    mixing = one_or_each(mixing, weight.shape[0], x.shape[0])
     if mixing.dim() == 1:
         beta = None if bias is None else mix(mixing, bias)
         y: Tensor = transpose(x, mix(mixing, weight), beta, stride, padding, output_padding, groups, dilation)
@@ -58,10 +61,10 @@ def tunable_conv_transpose(
         parts = [transpose(x, w, None, stride, padding, output_padding, groups, dilation) for w in weight]
         y = torch.einsum("bn,bno...->bo...", mixing.to(x.dtype), torch.stack(parts, 1))
     else:
-        flat, kernels = x.reshape(1, -1, *x.shape[2:]), mix(mixing, weight).flatten(0, 1)
+        flat, kernels = x.flatten(0, 1).unsqueeze(0), mix(mixing, weight).flatten(0, 1)
         y = transpose(flat, kernels, None, stride, padding, output_padding, groups * x.shape[0], dilation)
         y = keep_layout(y.reshape(x.shape[0], -1, *y.shape[2:]), x)
-    return y if bias is None else y + mix(mixing, bias).reshape(*y.shape[:2], *[1] * (x.dim() - 2))
+    return y if bias is None else y + mix(mixing, bias).reshape(-1, y.shape[1], *[1] * (x.dim() - 2))
 
 
 class TunableConvTranspose(Tunable):
@@ -123,7 +126,8 @@ class TunableConvTranspose(Tunable):
     @classmethod
     def from_conv(cls, conv: nn.Module, num_params: int = 2, expand_params: int = 1, mode: str = "mlp") -> Self:
         """A tunable layer whose N kernels are copies of a plain ``nn.ConvTransposeNd``: the same map where Σω = 1."""
-        if not isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        kinds = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+        if not isinstance(conv, kinds) or conv.weight.dim() != cls.ndim + 2:
             raise ValueError(f"conv={type(conv).__name__}: expected an nn.{_TRANSPOSED[cls.ndim].__name__}")
         layer = cls(
             conv.in_channels,
@@ -156,13 +160,13 @@ class TunableConvTranspose(Tunable):
     def _options(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.output_padding, self.groups, self.dilation
 
-    def forward(self, x: Tensor, params: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, params: Params | None = None) -> Tensor:
         """Apply the kernels mixed by ``params``, by default by ``tuning``."""
         check_input(x, self.in_channels, self.ndim)
         bias = None if self.bias is None else self.bias[0]
         return tunable_conv_transpose(x, self.weight[0], bias, self.mixing(params, x.shape[0]), *self._options())
 
-    def merge(self, params: Tensor | Sequence[float] | None = None) -> nn.Module:
+    def merge(self, params: Params | None = None) -> nn.Module:
         """The plain ``nn.ConvTransposeNd`` at one ω, by default at ``tuning``."""
         mixing = self._mixing_for_merge(params)
         weight = self.weight.detach()
