@@ -207,6 +207,7 @@ _SHARED_SPECTRUM = 0.8  # both gradients by Fourier transform need the spectrum 
 _CONVERT = 0.4  # nanoseconds for a number to and from float32
 _SECOND_CALL = 60e3  # nanoseconds that PyTorch saves where it computes both gradients in one call
 _FUNCTION = 25e3  # nanoseconds a Python autograd function adds to a call
+_COLD = 150e3  # nanoseconds more for gradients of our own: inside a network their code is not in the cache
 
 
 def _reach(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> str:
@@ -301,7 +302,7 @@ def choose(geo: Geometry, kind: str, last: bool, needs: tuple[bool, bool], threa
             best["x"] = best["w"] = "fft"
     # The output's form never depends on whether gradients are recorded: the same numbers come out either way.
     grads = wanted[1:]
-    ours = sum(prices[f"{k}:{best[k]}"] for k in grads) + _FUNCTION
+    ours = sum(prices[f"{k}:{best[k]}"] for k in grads) + _COLD
     if all(needs) and (best["x"] == "native") != (best["w"] == "native"):
         ours += _SECOND_CALL
     if ours > _MARGIN * sum(prices[f"{k}:native"] for k in grads):
