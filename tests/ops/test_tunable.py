@@ -208,6 +208,9 @@ def test_model_made_tunable_starts_as_the_model(mode):
     both = make_tunable(nn.Sequential(shared, nn.Tanh(), shared))
     assert type(both[0]) is TunableLinear
     assert both[0] is both[2]
+    encoder, tokens = nn.TransformerEncoderLayer(4, 1, 6, batch_first=True).eval(), torch.randn(2, 3, 4)
+    with torch.no_grad():  # where PyTorch would take its fused kernel
+        torch.testing.assert_close(make_tunable(encoder)(tokens), encoder(tokens), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="model="):
         make_tunable(nn.ReLU())
     with pytest.raises(ValueError, match="model="):

@@ -238,4 +238,7 @@ def make_tunable(model: nn.Module, num_params: int = 2, expand_params: int = 1, 
         if module in found:
             parent, _, leaf = name.rpartition(".")
             setattr(result.get_submodule(parent), leaf, found[module])
+    for module in result.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused inference reads the weights of plain linear layers
     return result
