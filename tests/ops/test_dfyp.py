@@ -102,6 +102,17 @@ def test_router_gives_each_item_its_operator():
     torch.testing.assert_close(OperatorRouter(table, "scharr")(x), EdgeOperator("scharr")(x))
 
 
+def test_router_takes_years_as_a_tensor_and_empty_batches():
+    router, x = OperatorRouter({2009: "scharr"}, "sobel"), noise(2, 1, 4, 4)
+    assert torch.equal(router(x, torch.tensor([2010, 2009])), router(x, [2010, 2009]))
+    assert router(x[:0], []).shape == (0, 1, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["sobel", "scharr", "learnable"])
+def test_half_precision_stays_half_beside_single_precision_parameters(kind):
+    assert EdgeOperator(kind)(torch.ones(1, 2, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_router_computes_only_what_is_needed():
     router, ran = OperatorRouter({"corn": "sobel", "cotton": "scharr"}), []
     for kind, operator in router.operators.items():
@@ -212,6 +223,14 @@ def test_process_limits():
     torch.testing.assert_close(back[:, 0], train[3], rtol=0, atol=1e-6)
 
 
+def test_process_takes_years_as_integers():
+    train = (noise(4, 2), noise(4, 2, seed=1), torch.tensor([2003, 2004, 2005, 2006]), noise(4, seed=2))
+    test = (noise(1, 2, seed=3), noise(1, 2, seed=4), torch.tensor([2007]))
+    whole = gaussian_process(train, test, noise(1, 2), noise(1))
+    train, test = ((*part[:2], part[2].double(), *part[3:]) for part in (train, test))
+    torch.testing.assert_close(whole, gaussian_process(train, test, noise(1, 2), noise(1)))
+
+
 def test_process_by_explicit_inverses():
     train, test = (
         (noise(5, 2), noise(5, 2, seed=1), noise(5, seed=2), noise(5, seed=3)),
@@ -254,6 +273,12 @@ def test_refusals():
         ResolutionAttention(4)(torch.zeros(1, 3, 5, 5))
     with pytest.raises(ValueError, match="dropout=1"):
         ConvBlock(3, 4, dropout=1)
+    with pytest.raises(ValueError, match="floating point"):
+        EdgeOperator("sobel")(torch.zeros(1, 3, 4, 5, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="x of shape"):
+        ConvBlock(3, 4)(torch.zeros(3, 5, 5))
+    with pytest.raises(ValueError, match="largest=1"):
+        histogram_features(torch.zeros(2, 2, 6), 2, largest=1)
     with pytest.raises(ValueError, match="bands=4"):
         histogram_features(torch.zeros(2, 2, 6), 4)
 

@@ -229,6 +229,10 @@ def test_refusals_of_ffc():
         FourierUnit(2, 2, ndim=4)
     with pytest.raises(ValueError, match="x of shape"):
         FourierUnit(2, 2)(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="x_global=None"):
+        FFCBlock(8, 8)(torch.zeros(1, 4, 5, 5))
+    with pytest.raises(ValueError, match="x_global="):
+        FFCBlock(8, 8, ratio_gin=0)(torch.zeros(1, 8, 5, 5), torch.zeros(1, 4, 5, 5))
 
 
 def test_squash():
@@ -329,6 +333,19 @@ def test_parity_asks_for_the_bands_of_the_stored_indices_only():
 def test_refusals_of_the_series_parts():
     with pytest.raises(ValueError, match="band="):
         FourierKernelConv1d(2, length=8, band=(3, 7))
+    for band in ((4,), (0.5, 2)):
+        with pytest.raises(ValueError, match="band="):
+            FourierKernelConv1d(2, length=8, band=band)
+    with pytest.raises(ValueError, match="floating point"):
+        fourier_kernel_conv(torch.ones(1, 2, 8, dtype=torch.long), torch.ones(2, 5, 2))
+    with pytest.raises(ValueError, match="weight="):
+        time_kernel(torch.zeros(3, 5, 2), 4)
+    with pytest.raises(ValueError, match="u="):
+        dynamic_routing(torch.zeros(4, 3), torch.zeros(4, 2, 3, 3))
+    with pytest.raises(ValueError, match="label="):
+        margin_loss(torch.zeros(2, 3), torch.eye(3, dtype=torch.long)[:2])
+    with pytest.raises(ValueError, match="band_map='Red'"):
+        vegetation_index("ndvi", {}, {"Red": "B4"})
     with pytest.raises(ValueError, match="out_channels=3"):
         FourierKernelConv1d(2, 3, depthwise=True)
     with pytest.raises(ValueError, match="24 steps"):

@@ -363,6 +363,26 @@ def test_refusals():
         p3d_conv(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), form="X")
 
 
+def test_refusals_of_clips_and_kernels():
+    with pytest.raises(ValueError, match="convolution in time"):
+        time_conv(torch.zeros(1, 2, 5, 6, 6), torch.zeros(4, 2, 3, 3, 1))
+    with pytest.raises(ValueError, match="convolution in space"):
+        p3d_conv(torch.zeros(1, 2, 5, 6, 6), torch.zeros(4, 2, 3, 3, 3), torch.zeros(4, 4, 3, 1, 1))
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        P3DConv3d(2, kernel_size=5, padding="valid", form="B")(torch.zeros(1, 2, 3, 9, 9))
+    with pytest.raises(ValueError, match="frames"):
+        P3DBottleneck(8, 2, form="2d")(torch.zeros(1, 8, 4, 5, 5))
+    with pytest.raises(ValueError, match="layers="):
+        P3D((1, 1, 1, 1.0))
+    port, caffe = (P3D((1, 1, 1, 1), 0, width=1, dialect=d).eval() for d in ("port", "caffe"))
+    with pytest.raises(ValueError, match="16 frames"):
+        port(torch.zeros(1, 3, 1, 8, 8))
+    with pytest.raises(ValueError, match="3 × 3"):
+        caffe(torch.zeros(1, 3, 16, 2, 8))
+    with pytest.raises(ValueError, match=r"\(N, C, T, H, W\)"):
+        caffe(torch.zeros(3, 16, 8, 8))
+
+
 def test_claim_clips_move_as_labelled():
     from torchconv.claims.p3d import _clips
 

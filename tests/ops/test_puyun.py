@@ -163,6 +163,12 @@ def test_bad_arguments():
         LKA2d(2, decomposition=0)
     with pytest.raises(ValueError, match="even number of columns"):
         pad_sphere(torch.zeros(1, 1, 4, 5), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match="expected"):
+        pad_sphere(torch.zeros(1, 4, 6), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match="rows="):
+        pad_sphere(torch.zeros(1, 1, 4, 6), (-1, 1), (1, 1))
+    with pytest.raises(ValueError, match="nothing to repeat"):
+        pad_circular(torch.zeros(1, 1, 0), (1, 1))
     with pytest.raises(ValueError, match="rows="):
         pad_sphere(torch.zeros(1, 1, 4, 6), (5, 1), (1, 1))
     with pytest.raises(ValueError, match="padding_mode"):

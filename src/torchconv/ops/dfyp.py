@@ -142,9 +142,11 @@ class EdgeOperator(nn.Module):
         """The magnitude."""
         if x.dim() != 4:
             raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, H, W)")
+        check(x.is_floating_point(), "x.dtype", x.dtype, "must be floating point; convert it")
         if self.kind != "learnable":
             return keep_layout(edge_magnitude(x, self.kernel(x)), x)
-        return keep_layout(edge_magnitude(x, self.kernel(x), 1e-6) * torch.sigmoid(self.scale), x)
+        edges = edge_magnitude(x, self.kernel(x), 1e-6)
+        return keep_layout(edges * torch.sigmoid(self.scale).to(edges.dtype), x)
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
@@ -165,7 +167,7 @@ class OperatorRouter(nn.Module):
     Only operators that some item needs are computed. All three are held, so that a checkpoint fits any table.
 
     Args:
-        table: key → kind.
+        table: key → kind. Keys of a batch may come as a tensor of integers, such as years, too.
         default: kind for keys that the table lacks, and where no keys are given.
         soft: instead of choosing, add the three with learned weights that sum to 1 (not in the paper).
 
@@ -202,17 +204,18 @@ class OperatorRouter(nn.Module):
         self.operators = nn.ModuleDict({kind: EdgeOperator(kind, **options) for kind in KINDS})
         self.logits = nn.Parameter(torch.zeros(len(KINDS), **options)) if soft else None
 
-    def kinds(self, keys: Sequence[Hashable]) -> list[str]:
+    def kinds(self, keys: Sequence[Hashable] | Tensor) -> list[str]:
         """The kind that each key gets."""
+        keys = keys.tolist() if isinstance(keys, Tensor) else keys  # tensors hash by identity
         return [self.table.get(key, self.default) for key in keys]
 
-    def forward(self, x: Tensor, keys: Sequence[Hashable] | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys: Sequence[Hashable] | Tensor | None = None) -> Tensor:
         """Apply to each item its operator."""
         if self.logits is not None:
             weights = self.logits.softmax(0)
             maps = [operator(x) for operator in self.operators.values()]
             return keep_layout(sum((w * m for w, m in zip(weights, maps, strict=True)), torch.zeros_like(x)), x)
-        if keys is None:
+        if keys is None or x.shape[0] == 0:
             y: Tensor = self.operators[self.default](x)
             return y
         check(len(keys) == x.shape[0], "keys", list(keys), f"must be one for each of the {x.shape[0]} items")
@@ -270,7 +273,7 @@ class OperatorBlend(nn.Module):
         self.operator_router = OperatorRouter(table, default, soft, device=device, dtype=dtype)
         self.operator_weight = nn.Parameter(torch.tensor(0.5, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, keys: Sequence[Hashable] | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys: Sequence[Hashable] | Tensor | None = None) -> Tensor:
         """Blend."""
         source = x
         if self.grey:

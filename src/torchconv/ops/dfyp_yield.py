@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
-from torchconv.ops._common import Size, conv_nd, fold_bn, ntuple
+from torchconv.ops._common import Size, check_input, conv_nd, fold_bn, ntuple
 
 
 def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float = 4999.0) -> Tensor:
@@ -34,7 +34,7 @@ def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float
         (H, W, dates · bands) → (bands, dates, bins), float64.
 
     Raises:
-        ValueError: channels that are no multiple of ``bands``.
+        ValueError: channels that are no multiple of ``bands``, or ``largest`` of 1 or less.
 
     Example:
         >>> histogram_features(torch.tensor([[[0.0], [1.0], [4.0], [5.0]]]), 1, 2, 5)
@@ -47,6 +47,7 @@ def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float
     check(image.shape[-1] % bands == 0, "bands", bands, f"must divide the {image.shape[-1]} channels of the image")
     # Rounded as NumPy rounds them: a pixel on an edge must not change its bin.
     steps = torch.arange(bins + 1, dtype=torch.float64, device=image.device)
+    check(largest > 1, "largest", largest, "must lie above 1, where the first bin starts")
     edges = torch.where(steps == bins, largest, steps * ((largest - 1) / bins) + 1)
     values = image.reshape(-1, image.shape[-1]).double()
     place = torch.bucketize(values, edges, right=True) - 1
@@ -91,7 +92,7 @@ def gaussian_process(
     n = len(features)
 
     def scaled(a: Tensor, b: Tensor, reach: float) -> Tensor:
-        both = torch.cat([a, b]).reshape(len(a) + len(b), -1)
+        both = torch.cat([a, b]).reshape(len(a) + len(b), -1).to(features.dtype)  # years may be integers
         span = both.amax(0) - both.amin(0)
         return (both - both.mean(0)) / torch.where(span > 0, span, 1) / reach
 
@@ -198,6 +199,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
         conv = self.conv
+        check_input(x, conv.in_channels, 2)
         y = conv_nd(pad_same_tf(x, conv.kernel_size, conv.stride), conv.weight, conv.bias, conv.stride)
         z: Tensor = self.dropout(F.relu(self.batchnorm(y)))
         return z

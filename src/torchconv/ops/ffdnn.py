@@ -140,6 +140,10 @@ class FFC(nn.Module):
 
     def local_global(self, x_local: Tensor | None, x_global: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The two parts of the output from the two parts of the input; a part without channels is None."""
+        for name, part_, channels in (("x_local", x_local, self.in_local), ("x_global", x_global, self.in_global)):
+            if (part_ is None) != (channels == 0):
+                given = None if part_ is None else tuple(part_.shape)
+                raise ValueError(f"{name}={given}: this layer has {channels} such channels; give them, or None for 0")
         y_local = _sum(_apply(self.convl2l, x_local), _apply(self.convg2l, x_global))
         y_global = _sum(_apply(self.convl2g, x_local), _apply(self.convg2g, x_global))
         return y_local, y_global

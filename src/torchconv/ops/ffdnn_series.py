@@ -42,12 +42,18 @@ def time_kernel(weight: Tensor, length: int) -> Tensor:
     Shape:
         (…, bins, 2) → (…, length).
 
+    Raises:
+        ValueError: another number of bins.
+
     Example:
         >>> time_kernel(torch.tensor([1.0, 0.0]).expand(3, 2), 4)
         tensor([1., 0., 0., 0.])
 
     Reference: arXiv 2306.17207.
     """
+    bins = length // 2 + 1
+    fits = weight.dim() > 1 and tuple(weight.shape[-2:]) == (bins, 2)
+    check(fits, "weight", tuple(weight.shape), f"series of {length} steps have the shape (…, {bins}, 2)")
     return torch.fft.irfft(_complex(weight), n=length)
 
 
@@ -64,7 +70,7 @@ def fourier_kernel_conv(x: Tensor, weight: Tensor) -> Tensor:
         (N, C_in, T) → (N, C_out, T). Half precision is computed in float32.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a series of integers.
 
     Example:
         >>> gain = torch.tensor([2.0, 0.0]).expand(1, 3, 2)
@@ -73,6 +79,7 @@ def fourier_kernel_conv(x: Tensor, weight: Tensor) -> Tensor:
 
     Reference: arXiv 2306.17207.
     """
+    check(x.is_floating_point(), "x.dtype", x.dtype, "must be floating point; convert it")
     length, bins = x.shape[-1], x.shape[-1] // 2 + 1
     mixing = weight.dim() == 4
     if weight.dim() not in (3, 4) or weight.shape[0] != x.shape[1] or tuple(weight.shape[-2:]) != (bins, 2):
@@ -137,8 +144,9 @@ class FourierKernelConv1d(nn.Module):
         fits = not depthwise or out_channels == in_channels
         check(fits, "out_channels", out_channels, f"a depthwise kernel keeps the {in_channels} channels")
         bins = length // 2 + 1
-        first, last = (0, bins - 1) if band is None else band
-        check(0 <= first <= last < bins, "band", band, f"series of {length} steps have frequencies 0 to {bins - 1}")
+        first, last = ends = (0, bins - 1) if band is None else tuple(band)[:2] if len(band) == 2 else (0, -1)
+        ok = all(isinstance(end, int) for end in ends) and 0 <= first <= last < bins
+        check(ok, "band", band, f"must be two of the frequencies 0 to {bins - 1} of {length} steps, first and last")
         self.in_channels, self.out_channels, self.length, self.depthwise = in_channels, out_channels, length, depthwise
         self.first, self.last = first, last
         channels = (in_channels,) if depthwise else (in_channels, out_channels)
@@ -210,6 +218,7 @@ def dynamic_routing(u: Tensor, weight: Tensor, iterations: int = 3) -> tuple[Ten
     Reference: arXiv 1710.09829, procedure 1.
     """
     check_positive("iterations", iterations)
+    check(u.dim() == 3, "u", tuple(u.shape), "expected (N, n_in, p)")
     if weight.dim() != 4 or weight.shape[0] != u.shape[1] or weight.shape[2] != u.shape[2]:
         expected = f"({u.shape[1]}, n_out, {u.shape[2]}, k)"
         raise ValueError(f"weight of shape {tuple(weight.shape)}: expected {expected}")
@@ -234,13 +243,18 @@ def margin_loss(lengths: Tensor, label: Tensor, upper: float = 0.9, lower: float
     Shape:
         (N, classes), (N,) → a number.
 
+    Raises:
+        ValueError: labels of another shape, or no integers.
+
     Example:
         >>> margin_loss(torch.tensor([[0.95, 0.05]]), torch.tensor([0]))
         tensor(0.)
 
     Reference: arXiv 1710.09829, equation 4.
     """
-    right = F.one_hot(label, lengths.shape[1]).to(lengths.dtype)
+    fits = label.shape == lengths.shape[:1] and not label.is_floating_point()
+    check(fits, "label", tuple(label.shape), f"expected {lengths.shape[0]} class numbers, one an item")
+    right = F.one_hot(label.long(), lengths.shape[1]).to(lengths.dtype)
     loss = right * F.relu(upper - lengths).square() + absent * (1 - right) * F.relu(lengths - lower).square()
     return loss.sum(1).mean()
 
@@ -357,7 +371,7 @@ def vegetation_index(
         The index, of the bands' shape.
 
     Raises:
-        ValueError: an unknown index, or a band that is missing.
+        ValueError: an unknown index, an unknown name in ``band_map``, or a band that is missing.
 
     Example:
         >>> bands = {"B4": torch.tensor([0.1]), "B8": torch.tensor([0.3])}
@@ -367,6 +381,8 @@ def vegetation_index(
     Reference: Clevers 1989 (WDVI, CLAIR), Haboudane 2002 (TCARI), Rondeaux 1996 (OSAVI); used in arXiv 2306.17207.
     """
     check_choice("name", name, INDICES)
+    for role in band_map or ():
+        check_choice("band_map", role, SENTINEL2)
     places = {**SENTINEL2, **(band_map or {})}
 
     def band(role: str) -> Tensor:

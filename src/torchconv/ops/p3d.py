@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchconv._common import check_choice
+from torchconv._common import check, check_choice
 from torchconv.catalog import part
 from torchconv.kernels._layout import keep_layout
 from torchconv.ops._common import (
@@ -67,12 +67,17 @@ def space_conv(
     Shape:
         (N, C, T, H, W) → (N, O, T, H', W').
 
+    Raises:
+        ValueError: a weight that reaches over time.
+
     Example:
         >>> space_conv(torch.zeros(1, 2, 5, 6, 6), torch.zeros(3, 2, 1, 3, 3), stride=2).shape
         torch.Size([1, 3, 5, 3, 3])
 
     Reference: arXiv 1711.10305, section 3.1.
     """
+    spatial = weight.dim() == 5 and weight.shape[2] == 1
+    check(spatial, "weight", tuple(weight.shape), "a convolution in space has the shape (O, C/groups, 1, kh, kw)")
     batch, frames = x.shape[0], x.shape[2]
     flat = x.transpose(1, 2).reshape(batch * frames, x.shape[1], *x.shape[3:])
     y = conv_nd(flat, weight.squeeze(2), bias, stride, padding, dilation, groups)
@@ -99,12 +104,17 @@ def time_conv(
     Shape:
         (N, C, T, H, W) → (N, O, T', H, W).
 
+    Raises:
+        ValueError: a weight that reaches over space.
+
     Example:
         >>> time_conv(torch.ones(1, 1, 4, 1, 1), torch.ones(1, 1, 3, 1, 1)).flatten()
         tensor([2., 3., 3., 2.])
 
     Reference: arXiv 1711.10305, section 3.1.
     """
+    temporal = weight.dim() == 5 and tuple(weight.shape[3:]) == (1, 1)
+    check(temporal, "weight", tuple(weight.shape), "a convolution in time has the shape (O, C/groups, k, 1, 1)")
     pad: Padding = padding if isinstance(padding, str) else (*ntuple("padding", padding, 1, least=0), 0)
     y = conv_nd(x.flatten(3), weight.flatten(3), bias, (stride, 1), pad, (dilation, 1), groups)
     return y.reshape(*y.shape[:3], *x.shape[3:])
@@ -266,6 +276,8 @@ class _Placement:
             if inside and axis in axes:
                 reach = self.dilation[axis - 2] * (self.kernel_size[axis - 2] - 1)
                 before, after = before - reach // 2, after - (reach - reach // 2)
+                if x.shape[axis] + before + after < 0:
+                    raise ValueError(f"x of shape {tuple(x.shape)}: smaller than the kernel {self.kernel_size}; pad it")
             amounts += [before, after]
         return F.pad(x, amounts) if any(amounts) else x
 

@@ -53,7 +53,7 @@ def pad_sphere(x: Tensor, rows: tuple[int, int], columns: tuple[int, int], pole_
         a pole; that is left to the caller, who knows which channels they are.
 
     Raises:
-        ValueError: more rows than the map has, or an odd W.
+        ValueError: more rows than the map has, an odd W, or no map.
 
     Example:
         >>> pad_sphere(torch.arange(8.0).reshape(1, 1, 2, 4), (1, 0), (1, 0))
@@ -61,6 +61,8 @@ def pad_sphere(x: Tensor, rows: tuple[int, int], columns: tuple[int, int], pole_
                   [3., 0., 1., 2., 3.],
                   [7., 4., 5., 6., 7.]]]])
     """
+    check(x.dim() == 4, "x", tuple(x.shape), "expected (N, C, H, W), rows from pole to pole")
+    check(min(rows) >= 0, "rows", rows, "must be 0 or more")
     height, width = x.shape[2:]
     check(width % 2 == 0, "x", tuple(x.shape), "half a turn around the pole needs an even number of columns")
     skip = int(pole_rows)
@@ -79,6 +81,7 @@ def pad_circular(x: Tensor, columns: tuple[int, int]) -> Tensor:
         tensor([[[3, 1, 2, 3, 1, 2, 3, 1]]])
     """
     length = x.shape[-1]
+    check(length > 0, "x", tuple(x.shape), "there is nothing to repeat")
     return x.index_select(-1, torch.arange(-columns[0], length + columns[1], device=x.device) % length)
 
 

@@ -118,6 +118,7 @@ class P3DBottleneck(nn.Module):
 
     def sum(self, x: Tensor) -> Tensor:
         """The block before its last ReLU."""
+        _check_rank(x, 4 if self.form == "2d" else 5)
         y = F.relu(self.bn1(self.conv1(x)))
         if self.form == "2d":
             y = F.relu(self.bn_normal(self.conv_normal(y)))
@@ -199,7 +200,8 @@ class P3D(Backbone):
     ) -> None:
         super().__init__()
         layers = tuple(layers)
-        check(len(layers) == 4 and min(layers) >= 1, "layers", layers, "must give the blocks of four stages, 1 or more")
+        ok = len(layers) == 4 and all(isinstance(n, int) and n >= 1 for n in layers)
+        check(ok, "layers", layers, "must give the blocks of four stages, integers of 1 or more")
         check_positive("num_classes", num_classes, zero=True)
         check_positive("in_chans", in_chans)
         check_positive("width", width)
@@ -236,16 +238,19 @@ class P3D(Backbone):
 
     def stem(self, x: Tensor) -> Tensor:
         """1 × 7 × 7 convolution and pooling: (N, in_chans, T, H, W) → (N, width, T/2, H/4, W/4)."""
+        _check_rank(x, 5)
+        if self.dialect == "caffe" and min(x.shape[3:]) < 3:
+            raise ValueError(f"x of shape {tuple(x.shape)}: the first pooling needs frames of 3 × 3 or more")
         x = F.relu(self.bn1(self.conv1_custom(x)))
         if self.dialect == "port":
+            _check_frames(x)
             return F.max_pool3d(x, (2, 3, 3), 2, (0, 1, 1))
         return F.max_pool3d(x, (2, 3, 3), 2, ceil_mode=True)
 
     def pool(self, x: Tensor) -> Tensor:
         """Halve time by the maximum of two frames."""
-        frames = x.shape[2]
-        if self.dialect == "port" and frames < 2:
-            raise ValueError(f"x: only {frames} frame left before a pooling; give the port's dialect 16 frames or more")
+        if self.dialect == "port":
+            _check_frames(x)
         return F.max_pool3d(x, (2, 1, 1), (2, 1, 1), ceil_mode=self.dialect == "caffe")
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -302,6 +307,19 @@ class P3D(Backbone):
                 outer, _, leaf = name.rpartition(".")
                 setattr(twin.get_submodule(outer), leaf, module.merge())
         return twin
+
+
+def _check_rank(x: Tensor, rank: int) -> None:
+    if x.dim() != rank:
+        expected = "(N, C, T, H, W)" if rank == 5 else "frames (N, C, H, W)"
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected {expected}")
+
+
+def _check_frames(x: Tensor) -> None:
+    """The port's poolings round down and need two frames."""
+    frames = x.shape[2]
+    if frames < 2:
+        raise ValueError(f"x: only {frames} frame left before a pooling; give the port's dialect 16 frames or more")
 
 
 def _place_of(name: str) -> str:
