@@ -178,7 +178,7 @@ def test_convolution_block():
     nn.init.uniform_(block.conv.bias)
     y = F.conv2d(F.pad(x, (1, 1, 0, 1)), block.conv.weight, block.conv.bias, 2)
     torch.testing.assert_close(block(x), block.batchnorm(y).relu())
-    torch.testing.assert_close(block.merge()(x), block(x))
+    torch.testing.assert_close(block.merge().merge()(x), block(x))
     dropped = block.train()(x)
     assert (dropped == 0).double().mean() > 0.55
     assert ConvBlock(3, 5).conv.bias.abs().max() == 0

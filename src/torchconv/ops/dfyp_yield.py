@@ -207,6 +207,8 @@ class ConvBlock(nn.Module):
     def merge(self) -> ConvBlock:
         """The same block with its batch norm folded into its convolution, for inference."""
         twin = copy.deepcopy(self).eval()
+        if isinstance(self.batchnorm, nn.Identity):  # folded before
+            return twin
         weight, bias = fold_bn(self.conv.weight, self.conv.bias, self.batchnorm)
         twin.conv.load_state_dict({"weight": weight, "bias": bias})
         twin.batchnorm = nn.Identity()  # type: ignore[assignment]

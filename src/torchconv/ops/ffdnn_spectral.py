@@ -152,6 +152,8 @@ class FourierUnit(nn.Module):
 
 
 def _folded(conv: Any, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    if isinstance(norm, nn.Identity):  # folded before
+        return conv, norm
     assert isinstance(norm, BatchNorm)
     return make_conv(*fold_bn(conv.weight, conv.bias, norm), groups=conv.groups), nn.Identity()
 

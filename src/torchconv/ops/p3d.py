@@ -421,6 +421,8 @@ def fold_in(module: nn.Module, conv: str, norm: str) -> None:
     """Replace ``module``'s convolution by one that includes the batch norm after it, which becomes an identity."""
     layer: Any = module.get_submodule(conv)
     bn = module.get_submodule(norm)
+    if isinstance(bn, nn.Identity):  # folded before
+        return
     assert isinstance(bn, BatchNorm)
     weight, bias = fold_bn(layer.weight, layer.bias, bn)
     setattr(module, conv, make_conv(weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups))
