@@ -32,6 +32,7 @@ from torchconv.ops.terminator_units import (
     LocalConv,
     hyperzzw,
     slow_neural_loss,
+    standardise,
 )
 from torchconv.training.kar import Kar
 from torchconv.training.optim import Hooks
@@ -295,6 +296,30 @@ def test_block_by_its_equations():
         block(x, noise(3, 4, 5, 5), pre2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_standardises_large_and_shifted_values(dtype):
+    x = (300 * torch.randn(4, 6, 8, 8) + 500).to(dtype)
+    step = 2 * torch.finfo(dtype).eps  # of a result up to 4
+    for y, expected in (
+        (standardise(x), F.instance_norm(x.float())),
+        (GIBS(6, 1)(x), F.batch_norm(x.float(), None, None, training=True)),
+    ):
+        assert y.dtype == dtype
+        assert (y.float() - expected).abs().max() < step
+
+
+def test_empty_batch_leaves_running_values_alone():
+    layer, unit = HyperZZWConv2d(3, kernel_size=3, hidden=4), GIBS(12, batch_stats="running")
+    layer(torch.randn(2, 3, 5, 5))
+    unit(torch.randn(2, 12, 5, 5))
+    for module, channels in ((layer, 3), (unit, 12)):
+        before = {n: b.clone() for n, b in module.named_buffers()}
+        module(torch.randn(0, channels, 5, 5)).sum().backward() if module is layer else module(torch.zeros(0, 12, 2))
+        for name, buffer in module.named_buffers():
+            assert torch.equal(buffer, before[name])
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_published_parameter_counts():
     with torch.device("meta"):
         ten, hundred, mini = terminator(), terminator(num_classes=100), terminator_mini()
@@ -439,6 +464,21 @@ def test_kar(betas):
         (lambda: small_net(global_layers=(2,)), "global_layers="),
         (lambda: small_net(factors=(3, 1, 2, 1)), "channels=9"),
         (lambda: small_net(global_pool="sum"), "global_pool="),
+        (lambda: HyperChannelInteract(4)(torch.zeros(2, 1, 5, 5)), r"\(2, 1, 5, 5\): expected \(N, 4\)"),
+        (lambda: HyperInteract(4, (5, 5))(*[torch.zeros(2, 1, 5, 5)] * 2), r"x of shape \(2, 1, 5, 5\)"),
+        (lambda: HyperInteract(4, (5,))(torch.zeros(2, 1, 5), torch.zeros(2, 4, 5)), r"y of shape \(2, 1, 5\)"),
+        (lambda: HyperInteract(4, 5), "size=5"),
+        (lambda: RGU(4, (0, 5)), r"size=\(0, 5\)"),
+        (lambda: RGU(4, (5, 5))(torch.zeros(2, 4, 5)), r"x of shape \(2, 4, 5\)"),
+        (lambda: GIBS(12)(torch.zeros(2, 24, 3)), r"x of shape \(2, 24, 3\)"),
+        (lambda: LocalConv(3)(torch.zeros(2, 1, 3, 3), torch.zeros(2, 3, 5, 5)), r"kernel of shape \(2, 1, 3, 3\)"),
+        (lambda: LocalConv(3, 4), "ndim=4"),
+        (lambda: hyperzzw_global(*[torch.zeros(2, 3, 4)] * 3), r"x of shape \(2, 3, 4\)"),
+        (lambda: slow_neural_loss([], []), "kernels=0"),
+        (lambda: slow_neural_loss([torch.zeros(1, 2, 3, n) for n in (3, 4)], [1]), r"kernels=\[\(3, 3\), \(3, 4\)\]"),
+        (lambda: SFNEBlock(3, 4, 6)(torch.zeros(2, 4, 6, 6)), r"x of shape \(2, 4, 6, 6\)"),
+        (lambda: SFNEBlock(3, 4, 6, 1)(*(torch.zeros(2, 3, n, n) for n in (6, 5))), r"earlier features of shape"),
+        (lambda: read_official({"weight": torch.zeros(1)}), "state="),
         (lambda: Kar([nn.Parameter(torch.ones(1))], -1), "lr=-1"),
         (lambda: Kar([nn.Parameter(torch.ones(1))], betas=()), "betas="),
     ],

@@ -20,10 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
-from torchconv.ops._common import CONV
+from torchconv.ops._common import CONV, ntuple
 
 CONTEXTS = ("batch", "running", "image")
 _POOL: tuple[Any, ...] = (None, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+
+
+def axes_of(size: Sequence[int]) -> tuple[int, ...]:
+    """A ``size`` of one to three axes, checked."""
+    ok = isinstance(size, Sequence) and 1 <= len(size) <= 3
+    check(ok, "size", size, "give one number for each of one to three axes")
+    return ntuple("size", size, len(size))
 
 
 def coordinates(size: Sequence[int], device: Any = None, dtype: Any = None) -> Tensor:
@@ -56,14 +63,14 @@ def plane_at(plane: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(plane, tuple(size), mode=mode, align_corners=True)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least single precision: half of it has too few bits for the phase of a sine."""
+def wide(tensor: Tensor) -> Tensor:
+    """At least single precision: half of it has too few bits for the phase of a sine, and variances overflow."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _point(conv: Any, x: Tensor) -> Tensor:
     """A 1 × 1 convolution on (N, C, positions)."""
-    return _wide(conv.weight).flatten(1) @ x + _wide(conv.bias)[:, None]
+    return wide(conv.weight).flatten(1) @ x + wide(conv.bias)[:, None]
 
 
 class SineFilter(nn.Module):
@@ -120,7 +127,7 @@ class KernelNet(nn.Module):
         check_positive("hidden", hidden)
         check_positive("num_layers", num_layers)
         check(omega_0 > 0, "omega_0", omega_0, "must be positive")
-        self.size, self.omega_0, self.detach = tuple(size), omega_0, detach
+        self.size, self.omega_0, self.detach = axes_of(size), omega_0, detach
         ndim = len(self.size)
         conv = CONV[ndim]
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -176,7 +183,7 @@ class KernelNet(nn.Module):
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             dtype = torch.promote_types(weight.dtype, torch.float32)
             c = coordinates(size, weight.device, dtype)[None]
-            plane = plane_at(_wide(self._plane()), size).flatten(2)
+            plane = plane_at(wide(self._plane()), size).flatten(2)
             s: Tensor | None = None
             if context is not None:
                 s = F.gelu(_point(self.fast_fc1, _point(self.fast_reduce, context.to(dtype).flatten(2))))
@@ -278,6 +285,8 @@ class LocalSlowNet(nn.Module):
         boxes: Tensor = _POOL[x.dim() - 2](x, self.Kernel.size)
         if self.context == "image":
             return boxes
+        if boxes.shape[0] == 0:  # has no mean: neither the running one nor a gradient may become not-a-number
+            return boxes.new_zeros(1, *boxes.shape[1:])
         mean = boxes.mean(0, keepdim=True)
         if self.running_context is not None:
             self.running_context.lerp_(mean.detach().to(self.running_context), self.momentum)

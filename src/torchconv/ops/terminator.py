@@ -50,6 +50,9 @@ def hyperzzw_global(x: Tensor, kernel: Tensor, features: Tensor) -> Tensor:
         x, features: (N, C, H, W).
         kernel: (1 or N, C, H, W).
 
+    Raises:
+        ValueError: ``x`` has other axes.
+
     Example:
         >>> x = torch.arange(4.0).reshape(1, 1, 2, 2)
         >>> hyperzzw_global(x, torch.ones(1, 1, 2, 2), torch.eye(2).reshape(1, 1, 2, 2))
@@ -58,6 +61,8 @@ def hyperzzw_global(x: Tensor, kernel: Tensor, features: Tensor) -> Tensor:
 
     Reference: arXiv 2401.17948, section 3.
     """
+    if x.dim() != 4:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, H, W)")
     shared = min(x.shape[2], x.shape[3])
     return torch.matmul((x * kernel)[..., :shared], features[:, :, :shared])
 

@@ -9,6 +9,7 @@ G-IBS                   groups of channels standardised over the batch and over 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
-from torchconv.ops._common import CONV, conv_nd
-from torchconv.ops._slow_net import SlowNet, plane_at
+from torchconv.ops._common import CONV, check_input, conv_nd
+from torchconv.ops._slow_net import SlowNet, axes_of, plane_at, wide
 
 BATCH_STATS = ("batch", "running")
 
@@ -41,8 +42,9 @@ def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
         >>> standardise(torch.tensor([[[1.0, 3.0]]]))
         tensor([[[-1.0000,  1.0000]]])
     """
-    variance, mean = torch.var_mean(x, tuple(range(2, x.dim())), correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + eps)
+    values = wide(x)
+    variance, mean = torch.var_mean(values, tuple(range(2, x.dim())), correction=0, keepdim=True)
+    return ((values - mean) * torch.rsqrt(variance + eps)).to(x.dtype)
 
 
 def slow_neural_loss(kernels: Sequence[Tensor], factors: Sequence[int]) -> Tensor:
@@ -53,7 +55,7 @@ def slow_neural_loss(kernels: Sequence[Tensor], factors: Sequence[int]) -> Tenso
         factors: C_{t+1} / C_t of block t; the last is not needed.
 
     Raises:
-        ValueError: channels do not follow from the factors.
+        ValueError: there is no kernel, channels do not follow from the factors, or sizes differ.
 
     Example:
         >>> k = torch.ones(1, 2, 3, 3)
@@ -62,14 +64,23 @@ def slow_neural_loss(kernels: Sequence[Tensor], factors: Sequence[int]) -> Tenso
 
     Reference: arXiv 2401.17948, slow neural loss.
     """
+    check(len(kernels) > 0, "kernels", len(kernels), "give the kernel of at least one block")
     total = kernels[0].new_zeros(())
     for j, i in itertools.combinations(range(len(kernels)), 2):
-        times = int(torch.Size(factors[j:i]).numel())
+        times = math.prod(factors[j:i])
         short, long = kernels[j].shape[1], kernels[i].shape[1]
+        sizes = [tuple(kernels[k].shape[2:]) for k in (j, i)]
+        check(sizes[0] == sizes[1], "kernels", sizes, "all blocks' kernels must have one size")
         check(short * times == long, "factors", tuple(factors), f"block {i} has {long} channels, block {j} {short}")
         tiled = kernels[i].unflatten(1, (times, short))
         total = total + (kernels[j].unsqueeze(1) - tiled).square().mean()
     return total
+
+
+def _check_map(x: Tensor, channels: int) -> None:
+    """``x`` has the channels and one to three spatial axes: a map of one channel would be broadcast in silence."""
+    if not 3 <= x.dim() <= 5 or x.shape[1] != channels:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, {channels}) and one to three spatial axes")
 
 
 def _means(x: Tensor) -> Tensor:
@@ -119,10 +130,12 @@ class HyperChannelInteract(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("channels", channels)
+        self.channels = channels
         self.slow_net_gc = SlowNet((channels,), 1, hidden, num_layers, omega_0, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale each channel of ``x``."""
+        _check_map(x, self.channels)
         scores = hyperzzw(self.slow_net_gc(), _means(x))
         return x * torch.sigmoid(_spread(scores, x.dim() - 2))
 
@@ -167,13 +180,16 @@ class HyperInteract(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("channels", channels)
-        self.size = tuple(size)
+        self.channels, self.size = channels, axes_of(size)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.slow_net_gc = SlowNet((channels,), 1, channel_hidden, channel_layers, omega_0, **options)
         self.slow_net_gs = SlowNet(self.size, 1, spatial_hidden, spatial_layers, omega_0, **options)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale ``x`` by the gate of ``y``."""
+        check_input(x, self.channels, len(self.size))
+        if y.shape[1:] != x.shape[1:]:
+            raise ValueError(f"y of shape {tuple(y.shape)}: must be that of x, {tuple(x.shape)}")
         channel = _spread(hyperzzw(self.slow_net_gc(), _means(y)), y.dim() - 2)
         spatial = hyperzzw(self.slow_net_gs(y.shape[2:]), y.mean(1, keepdim=True))
         return x * torch.sigmoid(spatial * channel)
@@ -203,16 +219,18 @@ class RGU(nn.Module):
     def __init__(self, channels: int, size: Sequence[int], *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         check_positive("channels", channels)
+        self.channels, self.size = channels, axes_of(size)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        conv = CONV[len(size)]
+        conv = CONV[len(self.size)]
         self.fast_linear_k = conv(channels, channels, 1, **options)
         self.fast_linear_v = conv(channels, channels, 1, **options)
         self.fast_linear_q = conv(channels, channels, 1, **options)
         self.fast_linear_y = conv(channels, channels, 1, **options)
-        self.fast_bias_p = nn.Parameter(torch.zeros(1, 1, *size, **options))
+        self.fast_bias_p = nn.Parameter(torch.zeros(1, 1, *self.size, **options))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit."""
+        check_input(x, self.channels, len(self.size))
         gated = self.fast_linear_k(x) * self.fast_linear_q(self.fast_linear_v(x))
         y: Tensor = self.fast_linear_y(F.gelu(standardise(gated)) + plane_at(self.fast_bias_p, x.shape[2:]))
         return y
@@ -278,9 +296,13 @@ class GIBS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``x``."""
+        _check_map(x, self.channels)
+        if x.numel() == 0:  # has no statistics, and must not spoil the running ones
+            return x
+        values = wide(x)
         # One pass for the statistics of every item; those of the batch follow, its variance being the mean of the
         # items' variances plus the variance of their means.
-        variance, mean = torch.var_mean(x, tuple(range(2, x.dim())), correction=0)
+        variance, mean = torch.var_mean(values, tuple(range(2, x.dim())), correction=0)
         if self.running_mean is not None and self.running_var is not None and not self.training:
             batch_mean, batch_variance = self.running_mean[None], self.running_var[None]
         else:
@@ -290,7 +312,7 @@ class GIBS(nn.Module):
         mean = torch.where(self.batch_groups, batch_mean, mean)
         scale = torch.rsqrt(torch.where(self.batch_groups, batch_variance, variance) + self.eps)
         shape = (*mean.shape, *[1] * (x.dim() - 2))
-        return (x - mean.reshape(shape)) * scale.reshape(shape)
+        return ((values - mean.reshape(shape)) * scale.reshape(shape)).to(x.dtype)
 
     def _remember(self, mean: Tensor, variance: Tensor, x: Tensor) -> None:
         if self.running_mean is not None and self.running_var is not None:
@@ -322,12 +344,16 @@ class LocalConv(nn.Module):
         self, channels: int, ndim: int = 2, *, batch_stats: str = "batch", device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        check_choice("batch_stats", batch_stats, BATCH_STATS)
+        check(ndim in (1, 2, 3), "ndim", ndim, "maps have one to three spatial axes")
+        self.channels = channels
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channel_mixer = CONV[ndim](channels, channels, 1, **options)
         self.norm = GIBS(channels, 1, batch_stats=batch_stats, **options)
 
     def forward(self, kernel: Tensor, x: Tensor) -> Tensor:
         """Convolve ``x``, mix its channels, standardise over the batch."""
+        _check_map(x, self.channels)
+        if kernel.dim() != x.dim() or tuple(kernel.shape[:2]) != (self.channels, 1):
+            raise ValueError(f"kernel of shape {tuple(kernel.shape)}: expected ({self.channels}, 1, *k) for such an x")
         mixed = self.channel_mixer(conv_nd(x, kernel, padding="same", groups=x.shape[1]))
         return F.gelu(self.norm(mixed))

@@ -221,9 +221,15 @@ def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Options of the network that a checkpoint of the authors belongs to, from the shapes of its tensors."""
+    """Options of the network that a checkpoint of the authors belongs to, from the shapes of its tensors.
+
+    Raises:
+        ValueError: it holds no blocks.
+    """
     branch = "fast_multi_branch"
-    blocks = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks."))
+    numbers = {int(n.split(".")[1]) for n in state if n.startswith("blocks.")}
+    check(bool(numbers), "state", list(state)[:3], "has no entry blocks.0…: give the network's whole state dict")
+    blocks = 1 + max(numbers)
     options: dict[str, Any] = {"factors": [], "earlier": [], "global_layers": [], "drop_rates": [0.0] * blocks}
 
     def shape(name: str) -> torch.Size:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
-from torchconv.ops._common import Size, ntuple
+from torchconv.ops._common import Size, check_input, ntuple
 from torchconv.ops._slow_net import LocalSlowNet, SlowNet
 from torchconv.ops.terminator import hyperzzw_global
 from torchconv.ops.terminator_units import (
@@ -71,7 +71,9 @@ class FastMultiBranch(nn.Module):
         y: Tensor = getattr(self, f"local_interact_conv_{number}")(kernel, x) + getattr(self, f"bias{number}")
         return y
 
-    def _repeated(self, x: Tensor) -> Tensor:
+    def _repeated(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        if x.dim() != 4 or tuple(x.shape[2:]) != tuple(size):
+            raise ValueError(f"earlier features of shape {tuple(x.shape)}: expected (N, C, {size[0]}, {size[1]})")
         times, rest = divmod(self.channels, x.shape[1])
         if rest:
             raise ValueError(f"earlier features of {x.shape[1]} channels: must divide the block's {self.channels}")
@@ -87,7 +89,7 @@ class FastMultiBranch(nn.Module):
         first, second, third = (hyperzzw_global(x, kernel, f) for f in (fast, mixed, gated))
         interacted = self.hyper_interact(first, x)
         local = [self._local(n, *pair) for n, pair in enumerate(((x, gated), (gated, x), (mixed, x), (x, mixed)), 1)]
-        previous = [self._repeated(t) for t in earlier]
+        previous = [self._repeated(t, x.shape[2:]) for t in earlier]
         branches = [
             first,
             local[1],
@@ -155,7 +157,7 @@ class SFNEBlock(nn.Module):
         check(earlier in (0, 1, 2), "earlier", earlier, "a block takes in 0, 1 or 2 earlier maps")
         check(len(kernel_sizes) == 4, "kernel_sizes", tuple(kernel_sizes), "give four, one for each local branch")
         check(0 <= dropout < 1, "dropout", dropout, "must be at least 0 and below 1")
-        self.size = ntuple("size", size, 2)
+        self.channels, self.size = channels, ntuple("size", size, 2)
         self.earlier, self.dropout = earlier, dropout
         self.fast_multi_branch = FastMultiBranch(
             channels,
@@ -178,6 +180,7 @@ class SFNEBlock(nn.Module):
 
     def forward(self, x: Tensor, *earlier: Tensor) -> tuple[Tensor, Tensor]:
         """The block's map and kernel."""
+        check_input(x, self.channels, 2)
         if len(earlier) != self.earlier:
             raise ValueError(f"{len(earlier)} earlier maps given: the block takes earlier={self.earlier}")
         y, kernel = self.fast_multi_branch(x, *earlier)
