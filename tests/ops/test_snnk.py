@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.parity.core import Case, run_case
+from tests.parity.snnk import _formula
 from torchconv.ops._snnk_features import (
     ReLUFeatures,
     URFeatures,
@@ -232,6 +234,61 @@ def test_conversion_of_a_stack():
         to_snnk(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), 8)
     with pytest.raises(ValueError, match="targets=None"):
         SNNKLinear.from_linear(nn.Linear(3, 2), 4, inputs=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="inputs=None"):
+        SNNKLinear.from_linear(nn.Linear(3, 2), 4, targets=torch.zeros(1, 2))
+
+
+def test_layers_take_the_type_and_the_mode_of_what_they_stand_for():
+    mlp = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval()
+    x = noise(20, 3)
+    small = to_snnk(mlp, 8, inputs=x, features=lambda d, m, bias: URFeatures(d, m, "sin"))
+    assert small(x).dtype == torch.float64
+    assert not SNNKLinear.from_linear(mlp[0]).training
+    assert not SNNKConv2d.from_conv(nn.Conv2d(2, 2, 1).eval()).training
+    assert SNNKLinear(3, 2, ReLUFeatures(3, 4, dtype=torch.float64))(x).dtype == torch.float64
+
+
+def test_variance_of_many_inputs_stays_in_range():
+    rows = gaussian_rows(8, 768)
+    vectors = torch.randn(3, 768) / 28
+    for build in (exp_features, lambda w, g, variance: wave_features(w, None, g, variance=variance)):
+        found = build(vectors, rows, variance=0.2)
+        expected = build(vectors.double(), rows.double(), variance=0.2)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_features_are_kept_once_for_the_gradient():
+    layer, x = SNNKConv2d(4, 4, num_features=16), torch.randn(1, 4, 8, 8, requires_grad=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x).sum()
+    assert sum(t.shape[1:] == (16, 8, 8) for t in kept.values()) == 1
+
+
+def test_parity_of_formulas_and_of_a_norm_listed_twice():
+    xi = torch.tensor([0.25, 0.5])
+    for formula, value in (
+        ("np.cos(2*np.pi*xi)", (2 * math.pi * xi).cos()),
+        ("+xi^2", xi**2),
+        ("-cosh(xi)", -xi.cosh()),
+    ):
+        torch.testing.assert_close(_formula(formula, xi), value)
+    with pytest.raises(ValueError, match="cannot evaluate"):
+        _formula("__import__('os')", xi)
+    adapter, x, cotangent = SNNKAdapter(3, 4, 2, ln_before=True), torch.randn(5, 3), torch.randn(5, 3)
+    nn.init.normal_(adapter.adapter_up.weight)
+    norm = adapter.adapter_norm_before
+    y = adapter(x)
+    by_weight, by_bias = torch.autograd.grad((y * cotangent).sum(), (norm.weight, norm.bias))
+    names = {"adapter_norm_before": norm, "adapter_down.0": norm, "adapter_up": adapter.adapter_up}
+    state = {f"{n}.{p}": t.detach() for n, m in names.items() for p, t in m.named_parameters()}
+    state["adapter_down.1.weights"] = adapter.adapter_down.weights.detach()
+    state["projection_matrix"] = adapter.adapter_down.features.projection_matrix
+    grads = {"adapter_down.0.weight": by_weight, "adapter_norm_before.bias": by_bias}
+    config = {"input_size": 3, "num_rfs": 4, "down_sample": 2, "ln_before": True}
+    inputs, outputs = {"x": x, "cotangent": cotangent}, {"y": y.detach()}
+    case = Case("snnk", "twice", config, "", "eval", "", None, None, state, inputs, outputs, grads)
+    assert all(t.passed for t in run_case(case))
 
 
 @pytest.mark.parametrize("down_sample", [None, 3])
@@ -319,6 +376,12 @@ def test_convolution_from_a_convolution():
     ("build", "message"),
     [
         (lambda: SNNKLinear(6, 5, 0), "features=0"),
+        (lambda: SNNKLinear(6, 5, None), "features=None"),
+        (lambda: SNNKLinear(6, 5)(torch.ones(2, 5)), r"x of shape \(2, 5\): expected \(\*, 6\)"),
+        (lambda: SNNKLinear.from_linear(nn.Conv1d(6, 5, 1)), "linear=Conv1d"),
+        (lambda: ReLUFeatures(6, 8, normalize=0.0), r"normalize=0\.0"),
+        (lambda: fit_closed_form(torch.ones(5, 2), torch.ones(4, 1)), r"targets of shape \(4, 1\)"),
+        (lambda: SNNKConv2d.from_conv(nn.Conv1d(4, 4, 1)), "conv=Conv1d"),
         (lambda: SNNKLinear(6, 5, ReLUFeatures(4, 8)), "takes 4 inputs"),
         (lambda: ReLUFeatures(6, 8, order=3), "order=3"),
         (lambda: ReLUFeatures(6, 8, order=2, floor=0.1), r"floor=0\.1"),

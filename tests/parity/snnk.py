@@ -68,7 +68,10 @@ def _adapter(case: Case) -> Adapted:
     )
 
     def name(official: str) -> str:
-        return "adapter_down.weights" if official.startswith("adapter_down.") else official
+        first, _, last = official.partition(".")
+        if first != "adapter_down":
+            return official
+        return "adapter_down.weights" if last.endswith("weights") else f"adapter_norm_before.{last.split('.')[-1]}"
 
     return Adapted(
         lambda inputs: {"y": module(inputs["x"])},
@@ -105,7 +108,8 @@ _BINARY: dict[type, Any] = {
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-_CALLS = ("cos", "sin", "tan", "tanh", "exp", "log", "sqrt", "abs", "square", "sigmoid")
+_SIGNS: dict[type, Any] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_CALLS = ("cos", "sin", "tan", "cosh", "sinh", "tanh", "exp", "log", "sqrt", "abs", "square", "sigmoid")
 
 
 def _formula(text: Any, xi: Tensor) -> Any:
@@ -117,10 +121,10 @@ def _formula(text: Any, xi: Tensor) -> Any:
                 return number
             case ast.Name(id="xi"):
                 return xi
-            case ast.Name(id="pi"):
+            case ast.Name(id="pi") | ast.Attribute(value=ast.Name(), attr="pi"):
                 return torch.pi
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -value(operand)
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _SIGNS:
+                return _SIGNS[type(op)](value(operand))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 return _BINARY[type(op)](value(left), value(right))
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[only]) if name in _CALLS:
@@ -128,4 +132,4 @@ def _formula(text: Any, xi: Tensor) -> Any:
             case _:
                 raise ValueError(f"formula {text!r}: cannot evaluate {ast.unparse(node)!r}")
 
-    return value(ast.parse(str(text), mode="eval").body)
+    return value(ast.parse(str(text).replace("^", "**"), mode="eval").body)

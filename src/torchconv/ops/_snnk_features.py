@@ -73,18 +73,30 @@ def relu_features(
     """
     if normalize is not None:
         x = normalize * F.normalize(x, dim=-1)
+    projection, offset, floor, rest = share_scale(projection, offset, order, floor, projection.shape[0])
     z = F.linear(x, projection, offset if offset is not None and offset.dim() == 1 else None)
     if offset is not None and offset.dim() > 1:
         z = z + offset
-    return rectify(z, order, floor) / math.sqrt(projection.shape[0])
+    return rectify(z, order, floor, rest)
 
 
-def rectify(z: Tensor, order: int = 1, floor: float = 0.0) -> Tensor:
-    """max(z, floor)^order; the step function for order 0."""
+def share_scale(
+    projection: Tensor, offset: Tensor | None, order: int, floor: float, count: int
+) -> tuple[Tensor, Tensor | None, float, float]:
+    """count^{-1/2} moved into the few rows where order 1 allows it; and what is left of it for the features."""
+    factor = count**-0.5
+    if order != 1:
+        return projection, offset, floor, factor
+    return projection * factor, None if offset is None else offset * factor, floor * factor, 1.0
+
+
+def rectify(z: Tensor, order: int = 1, floor: float = 0.0, factor: float = 1.0) -> Tensor:
+    """factor · max(z, floor)^order; the step function for order 0."""
     if order == 0:
-        return (z > 0).to(z.dtype)
-    z = z.clamp(min=floor)
-    return z if order == 1 else z**order
+        return (z > 0).to(z.dtype) * factor
+    # relu keeps its output for the gradient, which the next product keeps as well; clamp would keep z beside it.
+    z = torch.relu(z) if floor == 0 else z.clamp(min=floor)
+    return z if order == 1 else z**order * factor
 
 
 def check_rectifier(order: int, floor: float) -> None:
@@ -120,12 +132,16 @@ def exp_features(
     Reference: arXiv 2310.13225, section 3.1.
     """
     check(variance > -0.25, "variance", variance, "must be above -0.25, where the features have a mean")
-    rows, columns = projection.shape
     squares = x.square().sum(-1, keepdim=True)
     power = math.sqrt(1 + 4 * variance) * scale * F.linear(x, projection) - scale * scale * squares / 2
     if variance:
-        power = power - variance * projection.square().sum(1)
-    return (1 + 4 * variance) ** (columns / 4) / math.sqrt(rows) * amplitude * torch.exp(power)
+        power = power + _norm_power(projection, variance)
+    return len(projection) ** -0.5 * amplitude * torch.exp(power)
+
+
+def _norm_power(projection: Tensor, variance: float) -> Tensor:
+    """log of (1+4A)^{d/4} exp(−A‖g‖²); with many inputs either factor alone leaves the range of a float."""
+    return projection.shape[1] / 4 * math.log1p(4 * variance) - variance * projection.square().sum(1)
 
 
 def wave_features(
@@ -152,15 +168,13 @@ def wave_features(
         (l, d) → (l, m).
     """
     check(variance > -0.25, "variance", variance, "must be above -0.25, where the features have a mean")
-    rows, columns = projection.shape
     angle = math.sqrt(1 + 4 * variance) * frequency * F.linear(weight, projection) + phase
     if bias is not None:
         angle = angle + frequency * bias[:, None]
     power = frequency * frequency * weight.square().sum(1, keepdim=True) / 2
     if variance:
-        power = power - variance * projection.square().sum(1)
-    scale = (1 + 4 * variance) ** (columns / 4) / math.sqrt(rows)
-    return scale * amplitude * torch.exp(power) * torch.cos(angle)
+        power = power + _norm_power(projection, variance)
+    return len(projection) ** -0.5 * amplitude * torch.exp(power) * torch.cos(angle)
 
 
 def arccos_kernel(x: Tensor, w: Tensor, order: int = 1) -> Tensor:
@@ -191,6 +205,43 @@ def arccos_kernel(x: Tensor, w: Tensor, order: int = 1) -> Tensor:
     if order == 1:
         return lengths * (sine + rest * cosine) / (2 * math.pi)
     return lengths.square() * (3 * sine * cosine + rest * (1 + 2 * cosine.square())) / (2 * math.pi)
+
+
+def fit_closed_form(features: Tensor, targets: Tensor, ridge: float = 0.0) -> Tensor:
+    """The matrix W (o, m) that minimises Σ_n ‖W φ_n − y_n‖² + ridge·‖W‖².
+
+    = Yᵀφ (φᵀφ + ridge·I)⁻¹; without a ridge the solution of least norm. Computed in double precision.
+
+    Args:
+        features: φ (\\*, m).
+        targets: Y (\\*, o).
+        ridge: λ ≥ 0.
+
+    Raises:
+        ValueError: ``ridge`` is negative, or there is not one target for each vector of features.
+
+    Example:
+        >>> fit_closed_form(torch.eye(2), torch.tensor([[1.0], [2.0]]))
+        tensor([[1., 2.]])
+
+    Reference: arXiv 2310.13225, the paragraph on fully bundled networks.
+    """
+    check(ridge >= 0, "ridge", ridge, "must not be negative")
+    if targets.dim() < 2 or targets.shape[:-1] != features.shape[:-1]:
+        expected = f"({', '.join(map(str, (*features.shape[:-1], 'o')))})"
+        raise ValueError(f"targets of shape {tuple(targets.shape)}: expected {expected}, a row for each of features")
+    phi, y = features.flatten(0, -2).double(), targets.flatten(0, -2).double()
+    if ridge == 0:
+        solution = torch.linalg.pinv(phi) @ y
+    else:
+        gram = phi.T @ phi + ridge * torch.eye(phi.shape[1], dtype=phi.dtype, device=phi.device)
+        solution = torch.linalg.solve(gram, phi.T @ y)
+    return solution.T.to(features.dtype)
+
+
+def _check_vectors(x: Tensor, size: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (*, {size})")
 
 
 class ReLUFeatures(nn.Module):
@@ -230,6 +281,7 @@ class ReLUFeatures(nn.Module):
         check_positive("in_features", in_features)
         check_positive("num_features", num_features)
         check_rectifier(order, floor)
+        check(normalize is None or normalize > 0, "normalize", normalize, "must be a length above 0, or None")
         self.in_features, self.num_features = in_features, num_features
         self.order, self.floor, self.normalize, self.orthogonal = order, floor, normalize, orthogonal
         rows = gaussian_rows(num_features, in_features + bias, orthogonal, device, dtype)
@@ -240,6 +292,7 @@ class ReLUFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The features Φ of ``x``."""
+        _check_vectors(x, self.in_features)
         offset = self.projection_offset
         return relu_features(x, self.projection_matrix, offset, self.order, self.floor, self.normalize)
 
@@ -330,6 +383,7 @@ class URFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The features Φ of ``x``, real and positive."""
+        _check_vectors(x, self.in_features)
         return exp_features(x, self.projection_matrix, variance=self.variance)
 
     def weight_features(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:

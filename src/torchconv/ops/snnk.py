@@ -17,7 +17,6 @@ m < out·d/(out + d).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,8 +30,8 @@ from torchconv.ops._snnk_features import (
     URFeatures,
     arccos_kernel,
     exp_features,
+    fit_closed_form,
     gaussian_rows,
-    rectify,
     relu_features,
     wave_features,
 )
@@ -75,32 +74,6 @@ def is_activation(module: nn.Module) -> bool:
     return isinstance(module, ACTIVATIONS) or (named and not list(module.parameters()))
 
 
-def fit_closed_form(features: Tensor, targets: Tensor, ridge: float = 0.0) -> Tensor:
-    """The matrix W (o, m) that minimises Σ_n ‖W φ_n − y_n‖² + ridge·‖W‖².
-
-    = Yᵀφ (φᵀφ + ridge·I)⁻¹; without a ridge the solution of least norm. Computed in double precision.
-
-    Args:
-        features: φ (\\*, m).
-        targets: Y (\\*, o).
-        ridge: λ ≥ 0.
-
-    Example:
-        >>> fit_closed_form(torch.eye(2), torch.tensor([[1.0], [2.0]]))
-        tensor([[1., 2.]])
-
-    Reference: arXiv 2310.13225, the paragraph on fully bundled networks.
-    """
-    check(ridge >= 0, "ridge", ridge, "must not be negative")
-    phi, y = features.flatten(0, -2).double(), targets.flatten(0, -2).double()
-    if ridge == 0:
-        solution = torch.linalg.pinv(phi) @ y
-    else:
-        gram = phi.T @ phi + ridge * torch.eye(phi.shape[1], dtype=phi.dtype, device=phi.device)
-        solution = torch.linalg.solve(gram, phi.T @ y)
-    return solution.T.to(features.dtype)
-
-
 @part(
     "snnk-linear",
     paper="snnk",
@@ -113,7 +86,8 @@ class SNNKLinear(nn.Module):
 
     Args:
         in_features, out_features: d and the number of outputs.
-        features: m for ReLU features, or a feature map: :class:`ReLUFeatures`, :class:`URFeatures`.
+        features: m for ReLU features, or a feature map: :class:`ReLUFeatures`, :class:`URFeatures`, whose device and
+            type the layer has unless it is given others.
         bias: with a number of features: start from (W, b), the input extended by a constant 1. There is no additive
             bias. Feature maps of one's own decide that themselves.
 
@@ -146,14 +120,16 @@ class SNNKLinear(nn.Module):
         check_positive("in_features", in_features)
         check_positive("out_features", out_features)
         self.in_features, self.out_features, self.bias = in_features, out_features, bias
-        self.features: Any = features
-        if isinstance(features, int):
+        if isinstance(features, ReLUFeatures | URFeatures):
+            given = features.in_features
+            remedy = f"takes {given} inputs, the layer in_features={in_features}"
+            check(given == in_features, "features", features, remedy)
+            self.features: Any = features.to(device, dtype)
+        else:
             check_positive("features", features)
             self.features = ReLUFeatures(in_features, features, bias, device=device, dtype=dtype)
-        given = self.features.in_features
-        check(given == in_features, "features", features, f"takes {given} inputs, the layer in_features={in_features}")
         shape = (out_features, self.features.num_features)
-        self.weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weights = nn.Parameter(self.features.projection_matrix.new_empty(shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -187,7 +163,15 @@ class SNNKLinear(nn.Module):
             features: as in the constructor.
             inputs, targets: examples (\\*, d) and wanted outputs (\\*, out): weights become the least squares fit.
             ridge: of that fit.
+
+        Raises:
+            ValueError: ``linear`` is something else, or one of ``inputs`` and ``targets`` is missing.
         """
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"linear={type(linear).__name__}: expected an nn.Linear")
+        if (inputs is None) != (targets is None):
+            missing, given = ("inputs", "targets") if inputs is None else ("targets", "inputs")
+            raise ValueError(f"{missing}=None: a fit needs inputs and the wanted outputs, and {given} are given")
         weight = linear.weight
         layer = cls(
             linear.in_features,
@@ -198,11 +182,9 @@ class SNNKLinear(nn.Module):
             dtype=weight.dtype,
         )
         layer.set_from(linear)
-        if inputs is not None:
-            if targets is None:
-                raise ValueError("targets=None: give the wanted outputs with inputs")
+        if inputs is not None and targets is not None:
             layer.weights.copy_(fit_closed_form(layer.features(inputs), targets, ridge))
-        return layer
+        return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Φ(x) · weightsᵀ."""
@@ -233,8 +215,7 @@ class BundledFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The features of ``x``."""
-        z = nn.functional.linear(x, self.weight, self.bias)
-        return rectify(z, self.order, self.floor) / math.sqrt(len(self.weight))
+        return relu_features(x, self.weight, self.bias, self.order, self.floor)
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""

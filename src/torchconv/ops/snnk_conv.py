@@ -30,7 +30,7 @@ from torchconv.ops._common import (
     conv_nd,
     ntuple,
 )
-from torchconv.ops._snnk_features import check_rectifier, gaussian_rows, rectify, relu_features
+from torchconv.ops._snnk_features import check_rectifier, gaussian_rows, rectify, relu_features, share_scale
 
 
 @part(
@@ -155,8 +155,10 @@ class SNNKConv(nn.Module):
         """The kernel form of a convolution and the ReLU after it; it estimates the arc-cosine kernel, so fine-tune it.
 
         Raises:
-            ValueError: the padding is not zeros.
+            ValueError: ``conv`` is no ``nn.ConvNd`` of this dimension, or pads with other values than zeros.
         """
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv.weight.dim() != cls.ndim + 2:
+            raise ValueError(f"conv={type(conv).__name__}: expected an nn.{CONV[cls.ndim].__name__}")
         check(conv.padding_mode == "zeros", "padding_mode", conv.padding_mode, "only zeros are padded here")
         layer = cls(
             conv.in_channels,
@@ -172,13 +174,14 @@ class SNNKConv(nn.Module):
             dtype=conv.weight.dtype,
         )
         layer.set_from(conv)
-        return layer
+        return layer.train(conv.training)
 
     def features(self, x: Tensor) -> Tensor:
         """The features (N, num_features, \\*spatial') of the patches of ``x``, scaled by the features of a group."""
-        where = (self.stride, self.padding, self.dilation, self.groups)
-        z = conv_nd(x, self.projection_matrix, self.projection_offset, *where)
-        return rectify(z, self.order, self.floor) / math.sqrt(self.weights.shape[1])
+        rows = (self.projection_matrix, self.projection_offset, self.order, self.floor)
+        kernel, offset, floor, rest = share_scale(*rows, self.weights.shape[1])
+        z = conv_nd(x, kernel, offset, self.stride, self.padding, self.dilation, self.groups)
+        return rectify(z, self.order, floor, rest)
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights times the features of ``x``."""
