@@ -332,6 +332,33 @@ def test_triton_in_the_interpreter():
     assert done.stdout.strip() == "agreed", done.stderr
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_triton_compiles_where_all_sizes_are_one(tmp_path, monkeypatch):
+    """Triton makes Python integers of arguments that are 1, which have no methods."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from torchconv.kernels import _long_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tensors = {"x": "*bf16", "y": "*bf16", **dict.fromkeys(("spectrum", "first", "second", "twiddle"), "*fp32")}
+    constants = dict.fromkeys(("B", "C", "L", "M", "origin"), 1) | {"N1": 16, "N2": 16, "PRECISION": "tf32"}
+    names = [p.name for p in _long_triton._monarch_kernel.params]
+    signature = {n: tensors.get(n, "constexpr") for n in names}
+    source = ASTSource(_long_triton._monarch_kernel, signature, constants)
+    binary = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4})
+    assert 0 < binary.metadata.shared <= 48 << 10
+
+
+def test_triton_refuses_transforms_that_leave_the_registers():
+    triton = pytest.importorskip("torchconv.kernels._long_triton")
+    for dtype, longest in ((torch.float32, 512), (torch.bfloat16, 1024)):
+        fits, beyond = (torch.zeros(1, 2, n, dtype=dtype) for n in (longest, longest + 1))
+        assert "longer" not in triton.refusal(fits, fits, 0)
+        assert f"longer than {2 * longest}" in triton.refusal(beyond, beyond, 0)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs it")
 def test_triton_falls_back_once_and_says_so():
     triton = pytest.importorskip("torchconv.kernels._long_triton")
