@@ -219,6 +219,9 @@ class TestLayer:
             first = layer(u)
             layer.kernel.lam = 0.05
             assert not torch.equal(layer(u), first)
+            first = layer(u)
+            layer.kernel.window = 5
+            assert not torch.equal(layer(u), first)
             layer._cache = SpectrumCache()
             changed = layer(u)
             layer.kernel.kernel.data.mul_(2)

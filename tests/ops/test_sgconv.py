@@ -329,6 +329,22 @@ class TestCache:
         module._cache = SpectrumCache()
         torch.testing.assert_close(after, module(u))
 
+    def test_sees_other_tensors_elsewhere_than_on_a_cpu(self):
+        """Only identities and versions are known there; all meta tensors have one address, as memory used again has."""
+        cache, x, made = SpectrumCache(), torch.zeros(1, 3, 8, device="meta"), []
+        kernels = [torch.zeros(1, 3, 8, device="meta") for _ in range(2)]
+
+        def ask(kernel):
+            cache.convolve(x, [kernel], lambda: made.append(kernel) or (kernel, 0))
+
+        with torch.no_grad():
+            for k in (0, 0, 1, 1, 0):
+                ask(kernels[k])
+            assert [k is kernels[0] for k in made] == [True, False, True]
+            kernels[0].mul_(2)
+            ask(kernels[0])
+        assert len(made) == 4
+
     def test_stays_behind_in_copies(self):
         module, u = self.build()
         with torch.no_grad():

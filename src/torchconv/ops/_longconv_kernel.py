@@ -171,6 +171,10 @@ class LongConvKernel(nn.Module):
         kernel = self.dropout(squash(kernel, self.lam))
         return kernel
 
+    def settings(self) -> tuple[Any, ...]:
+        """What else than its parameter the kernel depends on in evaluation."""
+        return self.lam, self.window, self.smooth_freq
+
     def live_taps(self) -> float:
         """Share of the taps that the threshold lets through."""
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,8 +119,8 @@ class SpectrumCache:
     """Kernels with their transforms, remembered while the weights they were made from stay as they are.
 
     Used where no gradient is recorded and nobody looks into the operators. On a CPU the weights themselves are
-    compared, which costs less than a transform and sees every change; on other devices their versions are, which
-    changes through ``.data`` escape. Copies and pickles of a module begin with an empty cache.
+    compared, which costs less than a transform and sees every change; on other devices their identities and versions
+    are, which changes through ``.data`` escape. Copies and pickles of a module begin with an empty cache.
     """
 
     def __init__(self) -> None:
@@ -160,12 +161,13 @@ class SpectrumCache:
         key: Any = (length, x.device, settings, [(t.dtype, t.shape) for t in sources])
         if onlooking:
             key = (*key, [(t.data_ptr(), t._version) for t in sources])
-        held = self._held
-        if held is None or held[0] != key or not all(map(torch.equal, held[1], sources)):
+        held, same = self._held, operator.is_ if onlooking else torch.equal
+        if held is None or held[0] != key or not all(map(same, held[1], sources)):
             kernel, origin = make()
             spectrum = long_conv_spectrum(kernel, length, False, origin)
-            copies = () if onlooking else tuple(t.detach().clone() for t in sources)
-            held = self._held = (key, copies, (kernel, origin, spectrum))
+            # Tensors that are held do not leave their addresses to others of the same version.
+            kept = tuple(t if onlooking else t.detach().clone() for t in sources)
+            held = self._held = (key, kept, (kernel, origin, spectrum))
         kernel, origin, spectrum = held[2]
         return long_conv(x, kernel, False, origin, spectrum=spectrum, **options)
 

@@ -353,7 +353,7 @@ class LongConvLayer(nn.Module):
         if self.block_fft_conv:
             y = self._by_blocks(u)
         else:
-            sources, settings = [self.kernel.kernel, self.D], (self.kernel.lam, self.wrap)
+            sources, settings = [self.kernel.kernel, self.D], (*self.kernel.settings(), self.wrap)
             dropout, make = self.kernel.dropout, lambda: self._taps(length)
             y = self._cache.convolve(u, sources, make, settings, dropout, backend=self.backend)
         y = y.flatten(1, 2)

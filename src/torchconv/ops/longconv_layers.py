@@ -180,7 +180,7 @@ class H3Conv(nn.Module):
             taps, origin = wrapped(taps, length, 2 * length)
             return with_skip(taps, skip, origin), origin
 
-        settings = (kernel.lam, self.wrap)
+        settings = (*kernel.settings(), self.wrap)
         return cache.convolve(x, [kernel.kernel, skip], make, settings, kernel.dropout, backend=self.backend)
 
     def forward(self, u: Tensor) -> Tensor:
