@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from torchconv.ops import dfyp_yield
 from torchconv.ops.dfyp import (
     SCHARR,
     SOBEL,
@@ -184,7 +185,7 @@ def test_convolution_block():
     assert ConvBlock(3, 5).conv.bias.abs().max() == 0
 
 
-def test_histogram_is_numpys():
+def test_histogram_is_numpys(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 12, (7, 6, 6), generator=generator).float()
     features = histogram_features(image, bands=3, bins=4, largest=9)
@@ -196,6 +197,8 @@ def test_histogram_is_numpys():
     shuffled = image.flatten(0, 1)[torch.randperm(42, generator=generator)].reshape(image.shape)
     assert torch.equal(histogram_features(shuffled, 3, 4, 9), features)
     assert histogram_features(torch.zeros(2, 2, 4), 2).sum() == 0
+    monkeypatch.setattr(dfyp_yield, "_PIECE", 30)  # five pixels at a time
+    assert torch.equal(histogram_features(image, 3, 4, 9), features)
     torch.testing.assert_close(features.sum(2), torch.ones(3, 2, dtype=torch.float64))
 
 

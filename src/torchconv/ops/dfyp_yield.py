@@ -20,6 +20,8 @@ from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.ops._common import Size, check_input, conv_nd, fold_bn, ntuple
 
+_PIECE = 1 << 20  # numbers that the histograms look at in one go: bounds the memory that they take
+
 
 def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float = 4999.0) -> Tensor:
     """Histograms of the pixels of a region, by band and date, each with sum 1 (or 0 where no pixel counts).
@@ -44,17 +46,20 @@ def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float
     """
     check_positive("bands", bands)
     check_positive("bins", bins)
-    check(image.shape[-1] % bands == 0, "bands", bands, f"must divide the {image.shape[-1]} channels of the image")
+    check(largest > 1, "largest", largest, "must lie above 1, where the first bin starts")
+    channels = image.shape[-1]
+    check(0 < channels and channels % bands == 0, "bands", bands, f"must divide the {channels} channels of the image")
     # Rounded as NumPy rounds them: a pixel on an edge must not change its bin.
     steps = torch.arange(bins + 1, dtype=torch.float64, device=image.device)
-    check(largest > 1, "largest", largest, "must lie above 1, where the first bin starts")
     edges = torch.where(steps == bins, largest, steps * ((largest - 1) / bins) + 1)
-    values = image.reshape(-1, image.shape[-1]).double()
-    place = torch.bucketize(values, edges, right=True) - 1
-    place = torch.where(values == edges[-1], bins - 1, place)
-    inside = (place >= 0) & (place < bins)
-    counts = values.new_zeros(bins, image.shape[-1]).scatter_add_(0, place.clamp(0, bins - 1), inside.double())
-    shares = counts / counts.sum(0).clamp(min=1)
+    edges[-1] = torch.nextafter(edges[-1], edges.new_tensor(torch.inf))  # closes the last bin
+    column = torch.arange(channels, device=image.device)
+    counts = torch.zeros((bins + 2) * channels, dtype=torch.long, device=image.device)
+    for pixels in image.reshape(-1, channels).split(max(1, _PIECE // channels)):
+        place = torch.bucketize(pixels.double(), edges, right=True)  # 0 and bins + 1 are below and above
+        counts += torch.bincount((place * channels + column).flatten(), minlength=len(counts))
+    inside = counts.reshape(bins + 2, channels)[1:-1].double()
+    shares = inside / inside.sum(0).clamp(min=1)
     return shares.reshape(bins, -1, bands).permute(2, 1, 0).contiguous()
 
 
