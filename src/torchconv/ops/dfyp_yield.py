@@ -48,7 +48,7 @@ def histogram_features(image: Tensor, bands: int, bins: int = 32, largest: float
     check_positive("bins", bins)
     check(largest > 1, "largest", largest, "must lie above 1, where the first bin starts")
     channels = image.shape[-1]
-    check(0 < channels and channels % bands == 0, "bands", bands, f"must divide the {channels} channels of the image")
+    check(channels > 0 and channels % bands == 0, "bands", bands, f"must divide the {channels} channels of the image")
     # Rounded as NumPy rounds them: a pixel on an edge must not change its bin.
     steps = torch.arange(bins + 1, dtype=torch.float64, device=image.device)
     edges = torch.where(steps == bins, largest, steps * ((largest - 1) / bins) + 1)
