@@ -198,6 +198,23 @@ def test_published_sizes_of_attention():
 def test_refusals():
     with pytest.raises(ValueError, match=r"kernel_size=4.*use 3 or 5"):
         MultiKernelReparamConv2d(4, kernel_size=4)
+    for build in (MultiKernelReparamConv2d, RepHMS2d, RepHDW2d):  # they speak of themselves, not of their parts
+        for option in ({"kernel_size": 19}, {"kernel_size": (3, 5)}, {"stride": 2}, {"dilation": 2}, {"padding": 1}):
+            with pytest.raises(ValueError, match=rf"{next(iter(option))}=.*{build.__name__}"):
+                build(4, **option)
+    for factor in (0, 8):
+        with pytest.raises(ValueError, match=f"factor={factor}"):
+            shrink(noise(2, 3, 7, 9), factor)
+    with pytest.raises(ValueError, match="x of shape"):
+        shrink(noise(3, 7, 9))
+    with pytest.raises(ValueError, match="kernel_size=0"):
+        ConvBN(3, 4, 0)
+    with pytest.raises(ValueError, match="stride=0"):
+        SCDown(4, 4, 3, 0)
+    with pytest.raises(ValueError, match="kernel_size=-1"):
+        SPPF(4, 4, -1)
+    with pytest.raises(ValueError, match="head_channels=1"):
+        PSA(8, 0.5, 1)
     with pytest.raises(ValueError, match="depth=3"):
         RepHMS2d(8, width=4, depth=3)
     with pytest.raises(ValueError, match="width=1"):

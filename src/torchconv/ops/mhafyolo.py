@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.ops._common import (
     BATCH_NORM,
@@ -28,9 +29,12 @@ from torchconv.ops._common import (
     check_channels,
     check_depthwise,
     check_input,
+    check_same,
+    check_unit,
     conv_nd,
     fold_bn,
     make_conv,
+    ntuple,
 )
 from torchconv.ops.unireplknet import (
     BRANCHES,
@@ -65,6 +69,21 @@ class _Branches3d(DilatedReparamConv3d):
 
 
 _BRANCHES: tuple[Any, ...] = (nn.Module, _Branches1d, _Branches2d, _Branches3d)
+
+
+def check_sizes(
+    name: str, ndim: int, kernel_size: Size, stride: Size, padding: Padding, dilation: Size
+) -> tuple[int, ...]:
+    """Refuse what neither the convolution nor the blocks made of it can do; the kernel's size on every axis."""
+    sizes = ntuple("kernel_size", kernel_size, ndim)
+    check(len(set(sizes)) == 1, "kernel_size", kernel_size, f"{name} needs the same size on every axis")
+    nearest = min(abs(k - sizes[0]) for k in MULTI_KERNELS)
+    use = " or ".join(str(k) for k in MULTI_KERNELS if abs(k - sizes[0]) == nearest)
+    check(nearest == 0, "kernel_size", kernel_size, f"{name} has branches for 3, 5, 7, …, 17; use {use}")
+    check_unit("stride", stride, ndim, name, "follow it with a strided convolution or a pooling")
+    check_unit("dilation", dilation, ndim, name, "choose a larger kernel_size")
+    check_same(padding, sizes, name)
+    return sizes
 
 
 def _set_norms(module: nn.Module, eps: float, momentum: float) -> None:
@@ -152,12 +171,13 @@ class MultiKernelReparamConv(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        check_depthwise(in_channels, out_channels, groups, type(self).__name__)
+        name = type(self).__name__
+        check_depthwise(in_channels, out_channels, groups, name)
         self.in_channels = self.out_channels = in_channels
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "device": device, "dtype": dtype}
+        self.kernel_size = check_sizes(name, self.ndim, kernel_size, stride, padding, dilation)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dwconv: DilatedReparamConv = _BRANCHES[self.ndim](in_channels, None, kernel_size, **options)
-        self.kernel_size = self.dwconv.kernel_size
-        self.norm = BATCH_NORM[self.ndim](in_channels, device=device, dtype=dtype)
+        self.norm = BATCH_NORM[self.ndim](in_channels, **options)
         _set_norms(self, eps, momentum)
 
     def merged_weight(self) -> tuple[Tensor, Tensor]:
@@ -229,6 +249,8 @@ class ConvBN(nn.Module):
     ) -> None:
         super().__init__()
         check_channels(in_channels, out_channels, groups)
+        check_positive("kernel_size", kernel_size)
+        check_positive("stride", stride)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = CONV[ndim](
             in_channels,

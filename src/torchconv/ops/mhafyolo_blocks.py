@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
-from torchconv.ops._common import Padding, Size, check_input, check_same, check_unit, ntuple
+from torchconv.ops._common import Padding, Size, check_input
 from torchconv.ops.mhafyolo import (
     ConvBN,
     MultiKernelReparamConv1d,
     MultiKernelReparamConv2d,
     MultiKernelReparamConv3d,
+    check_sizes,
     merged_copy,
 )
 
@@ -74,11 +75,7 @@ class _Block(nn.Module):
         check_positive("in_channels", in_channels)
         check_positive("out_channels", out_channels)
         check(out_channels >= 2, "out_channels", out_channels, "must be at least 2, half of which go through the block")
-        sizes = ntuple("kernel_size", kernel_size, self.ndim)
-        check(len(set(sizes)) == 1, "kernel_size", kernel_size, f"{name} needs the same size on every axis")
-        check_unit("stride", stride, self.ndim, name, "follow it with a strided convolution")
-        check_unit("dilation", dilation, self.ndim, name, "choose a larger kernel_size")
-        check_same(padding, sizes, name)
+        sizes = check_sizes(name, self.ndim, kernel_size, stride, padding, dilation)
         check(groups == 1, "groups", groups, f"{name}'s 1×1 convolutions mix all channels; leave groups at 1")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, sizes
         return out_channels

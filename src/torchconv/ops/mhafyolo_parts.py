@@ -20,10 +20,16 @@ def shrink(x: Tensor, factor: int = 2) -> Tensor:
     Shape:
         (N, C, H, W) → (N, C, ⌊H / factor⌋, ⌊W / factor⌋).
 
+    Raises:
+        ValueError: nothing would be left of ``x``, or it has other axes.
+
     Example:
         >>> shrink(torch.arange(5.0).reshape(1, 1, 1, 5).expand(1, 1, 2, 5))
         tensor([[[[1., 3.]]]])
     """
+    check_positive("factor", factor)
+    if x.dim() != 4 or min(x.shape[2:]) < factor:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, H, W), H and W at least factor={factor}")
     return F.adaptive_avg_pool2d(x, (x.shape[2] // factor, x.shape[3] // factor))
 
 
@@ -67,6 +73,7 @@ class SPPF(nn.Module):
     ) -> None:
         super().__init__()
         check(isinstance(in_channels, int) and in_channels >= 2, "in_channels", in_channels, "must be at least 2")
+        check_positive("kernel_size", kernel_size)
         check(kernel_size % 2 == 1, "kernel_size", kernel_size, "must be odd, to keep the size")
         options: dict[str, Any] = {"eps": eps, "momentum": momentum, "device": device, "dtype": dtype}
         self.in_channels, self.kernel_size = in_channels, kernel_size
@@ -209,12 +216,15 @@ class PSA(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("channels", channels)
-        check_positive("head_channels", head_channels)
+        check(
+            isinstance(head_channels, int) and head_channels > 1, "head_channels", head_channels, "must be at least 2"
+        )
         part_ = int(channels * expansion)
         heads = part_ // head_channels
         remedy = f"attention on {part_} of them needs at least head_channels={head_channels}"
         check(heads >= 1, "channels", channels, remedy)
-        check(part_ % heads == 0, "channels", channels, f"{part_} of them do not divide into {heads} heads")
+        remedy = f"{part_} of them do not divide into {heads} heads; choose head_channels to fit"
+        check(part_ % heads == 0, "channels", channels, remedy)
         options: dict[str, Any] = {"eps": eps, "momentum": momentum, "device": device, "dtype": dtype}
         self.channels = channels
         self.cv1 = ConvBN(channels, 2 * part_, **options)
