@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,8 @@ def test_sliding(ndim, k, stride, dilation, padding, family, length):
     padded = F.pad(x, [before, 40] * ndim)
     rounding = math.ceil if padding == "ceil" else math.floor
     sizes = [rounding((n + total - extent) / stride) + 1 for n in x.shape[2:]]
+    if padding == "ceil":
+        sizes = [min(m, math.ceil(n / stride)) for m, n in zip(sizes, x.shape[2:], strict=True)]
     assert list(y.shape[2:]) == sizes
     order = as_poset(poset, taps)
     for place in itertools.product(*(range(n) for n in sizes)):
@@ -193,6 +196,20 @@ def test_odd_sizes_are_padded_behind(height, width):
         layer = PosetFilter2d(3, kernel_size=2, stride=2, poset=number, bias=False).double()
         torch.testing.assert_close(layer(x), y)
         torch.testing.assert_close(PosetPool(number, scale=0.25)(x), y / 4)
+
+
+def test_windows_apart_start_inside():
+    x = noise(1, 2, 9, 4)
+    y = poset_filter(x, 1, 2, stride=3)
+    assert y.shape == (1, 2, 3, 2)  # not a fourth row from nothing but padding, behind row 9
+    torch.testing.assert_close(y, poset_filter(F.pad(x, (0, 1)), 1, 2, stride=3, padding=0))
+    assert PosetPool(12, 2, stride=5)(noise(1, 1, 4, 6)).shape == (1, 1, 1, 2)
+
+
+def test_points_from_arrays():
+    pairs = np.array([[i, i + 1] for i in range(69)])
+    assert Poset(70, pairs) == Poset.chain(70)  # more points than an integer of the array has bits
+    assert as_poset(pairs[:3], 4) == Poset.chain(4)
 
 
 def test_known_limits():
@@ -272,6 +289,20 @@ def test_refusals():
         Poset(2, [(0, 2)])
     with pytest.raises(ValueError, match="cycle"):
         Poset(3, [(0, 1), (1, 2), (2, 0)])
+    for pairs in ([(0, 1, 2)], [(0,)], [0, 1], ["ab"], [(0.0, 1)]):
+        with pytest.raises(ValueError, match=r"relations=.*must be pairs"):
+            Poset(3, pairs)
+    for value_ in (None, 1.5):
+        with pytest.raises(ValueError, match="poset="):
+            PosetPool(value_)
+    with pytest.raises(ValueError, match=r"kernel_size=2\.0"):
+        PosetPool(kernel_size=2.0)
+    with pytest.raises(ValueError, match="values=1"):
+        largest_upset_sum([torch.zeros(2)], Poset(2).formula)
+    with pytest.raises(ValueError, match="poset=12"):
+        PosetReLUNetwork(12)
+    with pytest.raises(ValueError, match=r"x of shape \(1, 1, 0, 2\)"):
+        PosetPool()(torch.zeros(1, 1, 0, 2))
     with pytest.raises(ValueError, match="number="):
         Poset.named(16)
     with pytest.raises(ValueError, match="limit=65536"):

@@ -17,7 +17,7 @@ shifted slices, n additions and n maxima for n points where the poset is series�
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -47,9 +47,10 @@ def as_poset(poset: PosetLike, taps: int) -> Poset:
         >>> as_poset("chain", 3)
         Poset(3, a<b b<c)
     """
+    families = {"chain": Poset.chain, "antichain": Poset.antichain}
+    known = isinstance(poset, Poset | int | Iterable) and (not isinstance(poset, str) or poset in families)
+    check(known, "poset", poset, "must be 'chain', 'antichain', a number 0 to 15, relations or a Poset")
     if isinstance(poset, str):
-        families = {"chain": Poset.chain, "antichain": Poset.antichain}
-        check(poset in families, "poset", poset, "must be 'chain', 'antichain', a number 0 to 15, relations or a Poset")
         return families[poset](taps)
     if isinstance(poset, int):
         check(0 <= poset <= 15, "poset", poset, "the posets on four points are numbered 0 to 15")
@@ -74,12 +75,17 @@ def largest_upset_sum(values: Sequence[Tensor], formula: Formula) -> Tensor:
         values: one tensor for each point of the poset, all of one shape.
         formula: ``poset.formula``.
 
+    Raises:
+        ValueError: there is another number of values.
+
     Example:
         >>> largest_upset_sum([torch.tensor([3.0]), torch.tensor([-1.0])], Poset.chain(2).formula)
         tensor([2.])
 
     Reference: arXiv 2412.06097, section on poset filters.
     """
+    count = formula.root.bit_length()
+    check(len(values) == count, "values", len(values), f"must be {count} tensors, one for each point of the poset")
     found: dict[int, Tensor] = {}
 
     def total(mask: int, start: Tensor | None) -> Tensor:
@@ -163,9 +169,11 @@ def _slide(
     given = ((0, 0),) * ndim if padding == "ceil" else resolve_padding(padding, sizes, dilations)
     for length, extent, s, (before, after) in zip(x.shape[2:], extents, strides, given, strict=True):
         free = before + length + after - extent
-        if padding != "ceil" and free < 0:
+        if length == 0 if padding == "ceil" else free < 0:
             raise ValueError(f"x of shape {tuple(x.shape)}: smaller than the window of {extents}; pad it")
-        lengths.append(max(-(-free // s) if padding == "ceil" else free // s, 0) + 1)
+        # Windows further apart than they are long: the last one must still start inside.
+        windows = min(max(-(-free // s), 0) + 1, -(-length // s)) if padding == "ceil" else free // s + 1
+        lengths.append(windows)
         # Only what the last window reaches; often nothing, which saves a copy of the map.
         pads.append((before, max(0, (lengths[-1] - 1) * s + extent - before - length)))
     if any(p for pair in pads for p in pair):
@@ -327,7 +335,8 @@ class PosetPool(_Window, nn.Module):
         scale: constant factor; 1/4 turns the sums of four into the size of an average.
 
     Shape:
-        (N, C, \\*spatial) → (N, C, \\*ceil((spatial − kernel_size) / stride) + 1).
+        (N, C, \\*spatial) → (N, C, \\*spatial'), as many blocks an axis as cover it: ⌈spatial / stride⌉ where the
+        stride is the kernel's size, else ⌈(spatial − kernel_size) / stride⌉ + 1, at least one, each starting inside.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -348,6 +357,8 @@ class PosetPool(_Window, nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
+        sized = isinstance(kernel_size, int | Sequence)
+        check(sized, "kernel_size", kernel_size, "must be an integer or one integer for each of one to three axes")
         ndim = 2 if isinstance(kernel_size, int) else len(kernel_size)
         check(1 <= ndim <= 3, "kernel_size", kernel_size, "must have one to three axes")
         self.kernel_size = ntuple("kernel_size", kernel_size, ndim)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchconv._common import check
 from torchconv.theory.posets import Poset, points
 
 
@@ -36,6 +37,7 @@ class PosetReLUNetwork(nn.Module):
 
     def __init__(self, poset: Poset, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        check(isinstance(poset, Poset), "poset", poset, "must be a Poset, such as Poset.named(12)")
         self.poset = poset
         depths = [0] * poset.n  # of inputs and neurons
         neurons: list[dict[int, int]] = []

@@ -11,6 +11,7 @@ Everything here follows from the relation alone; sets of points are integers who
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -97,7 +98,10 @@ class Poset:
         check_positive("n", n)
         above = [0] * n
         for pair in relations:
-            i, j = pair
+            try:
+                i, j = map(operator.index, pair)  # numpy's integers too, as Python's, which do not overflow
+            except (TypeError, ValueError):
+                raise ValueError(f"relations={pair!r}: must be pairs (i, j) of points, for i < j") from None
             check(0 <= i < n and 0 <= j < n, "relations", tuple(pair), f"points are 0 to {n - 1}")
             above[i] |= 1 << j
         for k in range(n):
