@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,24 @@ from torchconv.ops.terminator import HyperZZWConv2d
 
 @case("ffc")
 def ffc(place: Place) -> Iterator[Case]:
-    """Fast Fourier convolution; a plain convolution of the same channels is a relative."""
-    layer = place.put(FFC2d(64))
+    """Fast Fourier convolution against its paths one by one; a convolution of the same channels is a relative."""
+    layer: Any = place.put(FFC2d(64))
     dense = place.put(torch.nn.Conv2d(64, 64, 3, padding=1))
     x, params = place.randn(4, 64, 32, 32), tuple(layer.parameters())
-    yield Case("4×64×32² ratio 0.5", layer, (x,), None, {"nn.Conv2d": dense}, params, alike=False)
+
+    def eager(x: Tensor) -> Tensor:
+        local, other = x.chunk(2, 1)
+        spectral = layer.convg2g
+        h = spectral.conv1(other)
+        s = torch.fft.rfft2(h, norm="ortho")
+        s = torch.stack([s.real, s.imag], 2).flatten(1, 2)
+        s = F.relu(spectral.fu.bn(spectral.fu.conv_layer(s)))
+        h = h + torch.fft.irfft2(torch.complex(s[:, 0::2], s[:, 1::2]), s=h.shape[2:], norm="ortho")
+        y = layer.convl2l(local) + layer.convg2l(other), layer.convl2g(local) + spectral.conv2(h)
+        return torch.cat(y, 1)
+
+    yield Case("4×64×32² ratio 0.5", layer, (x,), eager, params=params)
+    yield Case("4×64×32² ratio 0.5 (Conv2d)", layer, (x,), None, {"nn.Conv2d": dense}, params, alike=False)
 
 
 @case("multikernel-reparam")
