@@ -217,10 +217,10 @@ class TestLayer:
             layer.eval()
             assert torch.equal(layer(u), layer(u))
             first = layer(u)
-            layer.kernel.lam = 0.05
-            assert not torch.equal(layer(u), first)
-            first = layer(u)
             layer.kernel.window = 5
+            assert not torch.equal(layer(u), first)
+            layer.kernel.window = 0
+            layer.kernel.lam = 0.05
             assert not torch.equal(layer(u), first)
             layer._cache = SpectrumCache()
             changed = layer(u)
@@ -291,6 +291,10 @@ class TestLayer:
                 LongConvLayer(**{"d_model": 3, "l_max": 16, **change})
         with pytest.raises(ValueError, match="u of shape"):
             LongConvLayer(3, 16)(torch.zeros(1, 16, 3))
+        with pytest.raises(ValueError, match=r"lengths of shape \(3,\)"):
+            LongConvLayer(3, 16)(torch.zeros(2, 3, 16), torch.tensor([1, 2, 3]))
+        with pytest.raises(ValueError, match="kernel of 1 tap"):
+            smooth_frequencies(torch.zeros(1, 1, 1), 3)
 
 
 class TestStandalone:
@@ -370,9 +374,15 @@ class TestBlockFFT:
         torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(block(x, forward=False), block(x.conj()).conj() / 64)
 
+    def test_refusals(self):
+        with pytest.raises(ValueError, match=r"x of shape \(2, 3, 16\).*H=4"):
+            BlockFFT(H=4)(torch.zeros(2, 3, 16))
+        with pytest.raises(ValueError, match="N=0"):
+            BlockFFT()(torch.zeros(2, 3, 16), 0)
+
     def test_corrections_are_added_and_small_matrices_serve(self):
         block, x = build(BlockFFT, learn_additive=True, max_m=4), noise(2, 3, 64)
-        off = float((block(x) - torch.fft.fft(x)).abs().max())
+        off = float((block(x) - torch.fft.fft(x)).detach().abs().max())
         assert 0 < off < 10
         with torch.no_grad():
             for p in block.parameters():
@@ -410,6 +420,9 @@ def test_partial_and_sparse_convolutions():
     torch.testing.assert_close(frequency_sparse_conv(x, k, 20), expected)
     with pytest.raises(ValueError, match="taps=0"):
         partial_conv(x, k, 0)
+    for bad, message in (((x, k[:2]), "kernel of shape"), ((x[0], k), "x of shape"), ((x.int(), k), "x.dtype")):
+        with pytest.raises(ValueError, match=message):
+            frequency_sparse_conv(*bad, 20)
 
 
 @pytest.mark.parametrize("taps", [1, 2, 7, 12, 41])

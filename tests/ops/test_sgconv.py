@@ -246,6 +246,9 @@ def test_gradients():
         ({"kernel_dim": 0}, "kernel_dim=0"),
         ({"l_max": 1, "kernel_dim": 64}, "kernel_dim=64"),
         ({"n_scales": 0}, "n_scales=0"),
+        ({"n_scales": 2.0}, "n_scales=2.0"),
+        ({"init_scale": 0.5}, "init_scale=0.5"),
+        ({"decay_max": math.nan}, "decay_max=nan"),
         ({"mode": "randn"}, "mode='randn'"),
         ({"mode": "cat"}, "mode='cat'"),
         ({"activation": "glu"}, "activation='glu'"),
@@ -287,6 +290,14 @@ def test_operator_sees_both_sides_equally_far():
     assert origin == 4 == kernel.shape[-1] - 1 - origin
     with pytest.raises(ValueError, match="padding=0"):
         SGConv1d(2, kernel_size=9, causal=True, padding=0)
+    for decay in (-1.0, (2.0,), "fast"):
+        with pytest.raises(ValueError, match="decay="):
+            SGConv1d(2, kernel_size=9, decay=decay)
+    for arguments in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="=0"):
+            octave_count(*arguments)
+    with pytest.raises(ValueError, match="octaves="):
+        structured_kernel([])
 
 
 class TestCache:

@@ -206,7 +206,8 @@ def long_conv_spectrum(
     return Spectrum(values, length, taps, origin)
 
 
-def _check_input(x: Tensor, kernel: Tensor, skip: Tensor | None) -> None:
+def check_input(x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> None:
+    """Rank of the sequences, types and devices."""
     if x.dim() != 3 or x.shape[2] < 1:
         raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, C, L) with L ≥ 1")
     for name, tensor in (("x", x), ("kernel", kernel), ("skip", skip)):
@@ -269,7 +270,7 @@ def long_conv(
     Reference: arXiv 2302.06646 and arXiv 2210.09298.
     """
     check_choice("backend", backend, BACKENDS)
-    _check_input(x, kernel, skip)
+    check_input(x, kernel, skip)
     if chunk is not None:
         check_positive("chunk", chunk)
     single = kernel.dim() == 2

@@ -52,6 +52,8 @@ def smooth_frequencies(kernel: Tensor, window: int) -> Tensor:
         (\\*, L) → (\\*, 2·(L // 2)).
     """
     check_positive("window", window)
+    if kernel.shape[-1] < 2:
+        raise ValueError(f"kernel of {kernel.shape[-1]} tap: the spectrum of at least 2 can be smoothed")
     wide = kernel.float() if kernel.dtype in (torch.float16, torch.bfloat16) else kernel
     spectrum = torch.fft.rfft(wide)
     offset = torch.arange(window, device=kernel.device, dtype=wide.dtype) - window // 2

@@ -22,6 +22,8 @@ def octave_count(l_max: int, kernel_dim: int, init_scale: int = 0) -> int:
         >>> octave_count(16384, 64)
         9
     """
+    check_positive("l_max", l_max)
+    check_positive("kernel_dim", kernel_dim)
     return 1 + math.ceil(math.log2(l_max / kernel_dim)) - init_scale
 
 
@@ -66,6 +68,7 @@ def structured_kernel(
 
     Reference: Li et al., arXiv 2210.09298, section 3.
     """
+    check(len(octaves) > 0, "octaves", octaves, "there must be one at least")
     n, blocks, reached = len(octaves), [], 0
     total = _stretched(octaves[0].shape[-1], n - 1 + init_scale)
     wanted = total if length is None else min(length, total)
@@ -138,9 +141,14 @@ class StructuredKernel(nn.Module):
         check_positive("l_max", l_max)
         check_positive("kernel_dim", kernel_dim)
         check_mode(mode)
+        check(isinstance(init_scale, int), "init_scale", init_scale, "must be an integer")
+        for name, end in (("decay_min", decay_min), ("decay_max", decay_max)):
+            check(math.isfinite(end), name, end, "must be finite")
         n = octave_count(l_max, kernel_dim, init_scale) if n_scales is None else n_scales
+        if n_scales is not None:
+            check_positive("n_scales", n_scales)
         remedy = f"gives {n} octaves for l_max={l_max}; take a smaller kernel_dim or give n_scales of at least 1"
-        check(n >= 1, "kernel_dim" if n_scales is None else "n_scales", kernel_dim if n_scales is None else n, remedy)
+        check(n >= 1, "kernel_dim", kernel_dim, remedy)
         check(kernel_dim * 2.0**init_scale >= 1, "init_scale", init_scale, f"squeezes {kernel_dim} numbers to none")
         self.mode, self.init_scale = mode, init_scale
         shape, options = (sides, channels, kernel_dim), {"device": device, "dtype": dtype}

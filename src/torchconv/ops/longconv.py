@@ -349,6 +349,10 @@ class LongConvLayer(nn.Module):
         length = u.shape[-1]
         if lengths is not None:
             ends = torch.as_tensor(lengths, device=u.device).reshape(-1, 1, 1)
+            if ends.shape[0] not in (1, u.shape[0]):
+                raise ValueError(
+                    f"lengths of shape ({ends.shape[0]},): expected one, or one for each of {u.shape[0]} sequences"
+                )
             u = u * (torch.arange(length, device=u.device) < ends)
         if self.block_fft_conv:
             y = self._by_blocks(u)

@@ -26,7 +26,7 @@ from torchconv.kernels._long_monarch import (
     power_of_two,
     three_pass_conv,
 )
-from torchconv.kernels.long import long_conv
+from torchconv.kernels.long import check_input, long_conv
 
 __all__ = [
     "BlockFFT",
@@ -70,6 +70,9 @@ def frequency_sparse_conv(x: Tensor, kernel: Tensor, partial: int) -> Tensor:
     Reference: arXiv 2311.05908, section 3.3.
     """
     check_positive("partial", partial)
+    check_input(x, kernel)
+    if kernel.dim() != 2 or kernel.shape[0] != x.shape[1] or kernel.shape[1] < 1:
+        raise ValueError(f"kernel of shape {tuple(kernel.shape)}: expected ({x.shape[1]}, K) with K ≥ 1")
     n = 2 * x.shape[-1]
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     spectrum = torch.fft.rfft(kernel.to(wide), n)[..., : partial // 2]
@@ -145,6 +148,12 @@ class BlockFFT(nn.Module):
         With ``forward=False`` the inverse of exact matrices, conj(F(conj x)) / N.
         """
         samples = x.shape[-1] if N is None else N
+        if N is not None:
+            check_positive("N", N)
+        if self.sizes and self.H > 1 and (x.dim() < 2 or x.shape[-2] != self.H):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}: expected (…, {self.H}, L), as there are matrices for H={self.H}"
+            )
         size = power_of_two(samples)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()

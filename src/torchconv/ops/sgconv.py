@@ -107,7 +107,10 @@ class SGConv(StructuredKernel):
         self.padding, self.causal, self.backend = padding, causal, backend
         taps = self.kernel_size[0]
         reach = taps if causal else (taps + 1) // 2
-        low, high = (decay, decay) if isinstance(decay, int | float) else decay
+        ends = (decay, decay) if isinstance(decay, int | float) else tuple(decay)
+        remedy = "must be a number of at least 0, or two: the least and the most over the channels"
+        check(len(ends) == 2 and all(isinstance(e, int | float) and e >= 0 for e in ends), "decay", decay, remedy)
+        low, high = ends
         self.make_kernel(
             1 if causal else 2, in_channels, reach, mode, 0, min(kernel_dim, reach), None, low, high, device, dtype
         )
