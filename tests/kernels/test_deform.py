@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from torchconv.kernels import deform
 from torchconv.kernels.deform import deformable_sum
+
+WIDE = {"channels": 16, "taps": 4}  # enough channels in a group and taps for a table of pixels
 
 
 def case(batch: int = 2, channels: int = 6, groups: int = 2, taps: int = 3) -> tuple[torch.Tensor, ...]:
@@ -33,15 +36,61 @@ def by_loops(x: torch.Tensor, positions: torch.Tensor, masks: torch.Tensor) -> t
     return y
 
 
-def test_against_loops():
-    x, positions, masks = case()
-    torch.testing.assert_close(deformable_sum(x, positions, masks), by_loops(x, positions, masks))
+@pytest.mark.parametrize("sizes", [{}, WIDE])
+@pytest.mark.parametrize("places", [1 << 18, 20])
+def test_against_loops(sizes, places, monkeypatch):
+    monkeypatch.setattr(deform, "_PLACES", places)
+    x, positions, masks = case(**sizes)
+    expected = by_loops(x, positions, masks)
+    torch.testing.assert_close(deformable_sum(x, positions, masks), expected)
+    last = x.to(memory_format=torch.channels_last)
+    spread = masks[:, :, :, :1].expand_as(masks)
+    torch.testing.assert_close(deformable_sum(last, positions, masks), expected)
+    torch.testing.assert_close(deformable_sum(x, positions, spread), by_loops(x, positions, spread))
+    for t in (x, positions, masks):
+        t.requires_grad_()
+    found = torch.autograd.grad(deformable_sum(x, positions, masks).square().sum(), (x, positions, masks))
+    again = torch.autograd.grad(deform._composite(x, positions, masks).square().sum(), (x, positions, masks))
+    torch.testing.assert_close(found, again)
 
 
-def test_gradients():
-    arguments = tuple(t.requires_grad_() for t in case(1, 4, 2, 2))
-    assert torch.autograd.gradcheck(deformable_sum, arguments)
-    torch.library.opcheck(torch.ops.torchconv.deformable_sum.default, arguments)
+@pytest.mark.parametrize("sizes", [{"channels": 4, "taps": 2}, {**WIDE, "groups": 1}])
+def test_gradients(sizes):
+    arguments = tuple(t.requires_grad_() for t in case(batch=1, **sizes))
+    assert torch.autograd.gradcheck(deformable_sum, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(deformable_sum, arguments, fast_mode=True)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.torchconv.deformable_sum.default, arguments, test_utils=utils)
+    whole = torch.autograd.grad(deformable_sum(*arguments).sum(), arguments)
+    for i, t in enumerate(arguments):
+        one = [t if k == i else other.detach() for k, other in enumerate(arguments)]
+        (found,) = torch.autograd.grad(deformable_sum(*one).sum(), t)
+        torch.testing.assert_close(found, whole[i])
+
+
+def test_transforms():
+    x, positions, masks = case(**WIDE)
+    expected = deformable_sum(x, positions, masks)
+    mapped = torch.func.vmap(lambda *t: deformable_sum(*(a[None] for a in t))[0])(x, positions, masks)
+    torch.testing.assert_close(mapped, expected)
+    y, slope = torch.func.jvp(lambda t: deformable_sum(x, t, masks), (positions,), (torch.ones_like(positions),))
+    ahead, behind = (deformable_sum(x, positions + d, masks) for d in (1e-6, -1e-6))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
+def test_on_pixels_the_slope_is_towards_the_next():
+    size = 33  # grid_sample's coordinates of some pixels round to below them
+    x = torch.randn(1, 8, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    index = torch.arange(float(size))
+    whole = torch.stack([index.expand(size, size), index[:, None].expand(size, size)], -1)
+    positions = torch.stack([whole + i for i in (-1, 0, 1, size)])[None, None].requires_grad_()
+    (found,) = torch.autograd.grad(deformable_sum(x, positions, torch.ones(1, 1, 4, size, size)).sum(), positions)
+    map_ = torch.nn.functional.pad(x.detach().sum(1)[0], (0, 1, 0, 1))
+    across, down = map_[:-1, 1:] - map_[:-1, :-1], map_[1:, :-1] - map_[:-1, :-1]
+    torch.testing.assert_close(found[0, 0, 1], torch.stack([across, down], -1), rtol=1e-4, atol=1e-4)
+    assert found[0, 0, 0, 0].abs().max() == 0  # on the frame, and outside of it
+    assert found[0, 0, 3].abs().max() == 0
 
 
 def test_the_graph_keeps_the_inputs_only():
@@ -58,12 +107,18 @@ def test_half_precision_and_empty_batches():
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), deformable_sum(x, positions, masks), atol=0.1, rtol=0.05)
     assert deformable_sum(x[:0], positions[:0], masks[:0]).shape == (0, 6, 3, 2)
+    assert deformable_sum(x, positions.float(), masks.bfloat16()).dtype == torch.float64
+    x, positions, masks = case(**WIDE)
+    unknown = torch.full_like(positions, torch.nan)
+    assert deformable_sum(x, unknown, masks).abs().max() == 0  # nowhere on the map
 
 
 def test_refusals():
     x, positions, masks = case()
     with pytest.raises(ValueError, match="x of shape"):
         deformable_sum(x[0], positions, masks)
+    with pytest.raises(ValueError, match="int64: expected real"):
+        deformable_sum(x.long(), positions, masks)
     with pytest.raises(ValueError, match="positions of shape"):
         deformable_sum(x, positions[..., :1], masks)
     with pytest.raises(ValueError, match="masks of shape"):
