@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.ops.harness import randomise
+from tests.parity.core import Case, run_case
 from torchconv.ops.deeprftv2 import (
     ComplexSpectral,
     ResFFTConv1d,
@@ -317,3 +318,24 @@ def test_refusals():
     with pytest.raises(ValueError, match="alphas=0"):
         reversible_column([Level()], [], torch.zeros(1), [torch.zeros(1)])
     assert math.isfinite(float(ResFFTConv2d(2)(torch.zeros(1, 2, 3, 3)).sum().detach()))
+
+
+def test_hidden_widths_are_exact():
+    for channels, hidden in ((49, 1), (11, 15), (19, 53)):
+        assert ComplexSpectral(channels, hidden / channels).complex_weight1_real.shape == (channels, hidden)
+
+
+def test_parity_of_an_estimator_as_wide_as_the_image():
+    layer = FourierKernelEstimator(3, norm=False).double()
+    randomise(layer)
+    feature = noise(1, 3, 4, 6).requires_grad_()
+    image = noise(1, 3, 4, 6)
+    g, y = layer(feature, image)[:2]
+    cotangent = noise(1, 3, 4, 6)
+    (grad,) = torch.autograd.grad(y, feature, cotangent)
+    inputs = {"feature": feature.detach(), "blur_img": image, "cotangent": cotangent}
+    outputs = {"feature_deblur": g.detach(), "img_deblur": y.detach()}
+    state = {n: t.detach() for n, t in layer.state_dict().items()}
+    config = {"feature_channels": 3}
+    case = Case("deeprftv2", "made", config, "", "eval", "", None, None, state, inputs, outputs, {"feature": grad})
+    assert all(t.passed for t in run_case(case))

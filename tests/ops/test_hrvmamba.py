@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.ops.harness import randomise
+from tests.parity.core import Case, run_case
+from torchconv.kernels import selective_scan
 from torchconv.models.classify.hrvmamba_block import DVSSBlock, HRModule
 from torchconv.ops.hrvmamba import MultiKernelDWConv1d, MultiKernelDWConv2d, channel_shuffle
 from torchconv.ops.hrvmamba_dcn import DCNv4Conv2d, dcnv4
@@ -251,3 +253,35 @@ def test_refusals():
         HRModule((8, 8))([torch.zeros(1, 8, 4, 4)])
     with pytest.raises(ValueError, match="blocks="):
         HRModule((8, 8), blocks=(1,))
+
+
+def parity_case(config, inputs, outputs, state=None, grads=None) -> Case:
+    state, grads = state or {}, grads or {}
+    return Case("hrvmamba", "made", config, "", "eval", "", None, None, state, inputs, outputs, grads)
+
+
+def test_parity_reads_scans_without_their_options():
+    u, delta, b, c = noise(1, 4, 6), noise(1, 4, 6) / 2, noise(1, 2, 3, 6), noise(1, 2, 3, 6)
+    y = selective_scan(u, delta, -noise(4, 3).abs(), b, c, delta_softplus=True)
+    inputs = {"u": u, "delta": delta, "A": -noise(4, 3).abs(), "B": b, "C": c}
+    assert all(t.passed for t in run_case(parity_case({}, inputs, {"y": y})))
+    x, ys = noise(1, 2, 3, 2), noise(1, 4, 2, 6)
+    outputs = {"cross_scan": cross_scan(x), "cross_merge_bidi": cross_merge(ys, (3, 2), "bidirectional")}
+    assert all(t.passed for t in run_case(parity_case({"H": 3, "W": 2}, {"x": x, "ys": ys}, outputs)))
+
+
+def test_parity_of_a_bidirectional_block_with_pointwise_convolutions():
+    block = DVSSBlock(8).double()
+    block.op.directions = "bidirectional"
+    with torch.no_grad():
+        randomise(block)
+    x = noise(1, 8, 4, 3).requires_grad_()
+    y = block(x)
+    name = "mlp.fc1.weight"
+    (grad,) = torch.autograd.grad(y.sum(), dict(block.named_parameters())[name])
+    maps = ("proj.weight", "fc1.weight", "fc2.weight")
+    state = {n: t[:, :, None, None] if n.endswith(maps) else t for n, t in block.state_dict().items()}
+    inputs = {"x": x.detach(), "cotangent": torch.ones_like(y)}
+    config = {"hidden_dim": 8, "forward_type": "v052d_noz"}
+    found = run_case(parity_case(config, inputs, {"y": y.detach()}, state, {name: grad[:, :, None, None]}))
+    assert all(t.passed for t in found)

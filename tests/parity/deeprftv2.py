@@ -39,16 +39,22 @@ def _block(case: Case) -> nn.Module:
         size = config.get("kernel_size", _side(case.state[first]) if not first.endswith("W") else 1)
         hidden = case.state[f"main_fft.0.main.0.{'W' if conv == 'doconv' else 'weight'}"].shape[0]
         return ResFFTConv2d(
-            channels, kernel_size=size, conv=conv, norm=norm, activation=act, expansion=hidden / (2 * channels)
+            channels,
+            kernel_size=size,
+            bias="main.0.main.0.bias" in case.state,
+            conv=conv,
+            norm=norm,
+            activation=act,
+            expansion=hidden / (2 * channels),
         )
     bias = any("b1_real" in n for n in case.state)
-    expansion = config.get("dw", case.state[complex_names[0]].shape[1] / channels)
+    expansion = case.state[complex_names[0]].shape[1] / channels
     window = config.get("window_size")
     if complex_names == ["complex_weight1_real"]:
         return ComplexSpectral(channels, expansion, window, bias, norm, act)
     return ResFFTConv2d(
         channels,
-        kernel_size=config.get("kernel_size", 3),
+        kernel_size=config.get("kernel_size", _side(case.state["main.conv1.weight"])),
         bias="main.conv1.bias" in case.state,
         form="complex",
         expansion=expansion,
@@ -76,13 +82,14 @@ def _estimator(case: Case) -> Adapted:
         raise ParityError(f"input modes {modes}: only 'feature', the published one, is there")
     if config.get("baseblock", "naf") != "naf":
         raise ParityError(f"baseblock {config['baseblock']!r}: only 'naf' is there")
-    norm = config.get("norm_type", "LayerNorm")
+    if "cotangent" in case.inputs:  # may have the shape of the feature map too
+        case.inputs["cotangent.img_deblur"] = case.inputs.pop("cotangent")
     module = FourierKernelEstimator(
         config["feature_channels"],
         config.get("kernel_width", config["feature_channels"]),
         config.get("enc_ker_layers", [1, 1, 1, 1]),
         config.get("first_col", True),
-        norm in (True, "LayerNorm", "layernorm", "LN"),
+        "end_ker1.norm.weight" in case.state,
         config.get("pad_size", 0),
     )
 

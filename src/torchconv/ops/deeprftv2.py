@@ -16,6 +16,7 @@ the matrices, and two real FFTs, O(log positions) each a channel. The Fourier ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -56,6 +57,11 @@ def _wide(t: Tensor) -> Tensor:
 
 def _spatial(x: Tensor) -> list[int]:
     return list(range(2, x.dim()))
+
+
+def _hidden(channels: int, expansion: float) -> int:
+    """⌊channels · expansion⌋; a quotient h / channels gives h, which the product misses by an ulp for some."""
+    return math.floor(channels * expansion + 1e-6)
 
 
 def spectral_mlp(x: Tensor, w1: Tensor, w2: Tensor, norm: str = "backward", activation: str = "relu") -> Tensor:
@@ -220,7 +226,7 @@ class ComplexSpectral(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("channels", channels)
-        hidden = int(channels * expansion)
+        hidden = _hidden(channels, expansion)
         check(hidden >= 1, "expansion", expansion, "leaves no hidden channel")
         check(window_size is None or window_size >= 1, "window_size", window_size, "must be at least 1 or None")
         check_choice("norm", norm, NORMS)
@@ -374,7 +380,7 @@ class ResFFTConv(nn.Module):
         self.main: nn.Module
         self.main_fft: nn.Module
         if real:
-            hidden = int(2 * in_channels * expansion)
+            hidden = _hidden(2 * in_channels, expansion)
             check(hidden >= 1, "expansion", expansion, "leaves no hidden channel")
             one = (1,) * self.ndim
             pointwise = [make(2 * in_channels, hidden, one, False), make(hidden, 2 * in_channels, one, False)]
