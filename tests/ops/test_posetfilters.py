@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchconv.ops.posetfilters import (
     PosetFilter1d,
@@ -277,11 +278,32 @@ def test_not_a_number_is_passed_on():
 
 
 def test_series_parallel_formulas_are_short_and_others_bounded():
-    assert len(Poset.chain(300).formula.steps) == 301
+    assert len(Poset.chain(300).formula.steps) == 2
     fence = Poset(40, [(i, i + 1) if i % 2 == 0 else (i + 1, i) for i in range(39)])
     x = noise(20, 40)
     assert len(fence.formula.steps) < 5000
     torch.testing.assert_close(value(fence, x), x.sum(-1) + value(fence.dual(), -x))
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_additions_and_maxima():
+    """Four maxima and three to five additions for a block, one more maximum where two sums compete."""
+    for poset, n in [(Poset.named(k), 4) for k in range(16)] + [(Poset.chain(9), 9), (Poset.antichain(9), 9)]:
+        with torch.no_grad(), _Calls() as calls:
+            value(poset, torch.zeros(2, n))
+        counted = [sum(c in names for c in calls.names) for names in (("relu", "maximum"), ("add",))]
+        assert n <= counted[0] <= n + 1
+        assert n - 1 <= counted[1] <= n + 1
+    assert [len(w) for w in PosetReLUNetwork(Poset.chain(4)).buffers()] == [1, 1, 1, 1, 8]
 
 
 def test_refusals():

@@ -256,11 +256,12 @@ class Formula:
 
     - ("point", i): max(0, x_i);
     - ("sum", masks): parts that are not comparable: Σ f;
-    - ("stack", masks), bottom first: each part Q above all before it, P: max(f_Q, Σ_Q x + f_P);
+    - ("stack", masks), bottom first: each part Q above all before it, P: max(f_Q, Σ_Q x + f_P), or max(0, q + f_P)
+      for a single point q;
     - ("choose", without, forced, with): by one point, out of the up-set (and all below it with it) or in it (and all
       above it): max(f_without, Σ_forced x + f_with).
 
-    A series–parallel poset needs no "choose", hence as many steps as it has points. Of equal alternatives the first is
+    A series–parallel poset needs no "choose", hence at most two steps a point. Of equal alternatives the first is
     meant to win: what is then chosen is the smallest maximising up-set, which is the official code's choice too.
 
     Raises:
@@ -297,7 +298,8 @@ class Formula:
         if len(series) > 1:
             height = {s: (poset.above[s.bit_length() - 1] & mask & ~s).bit_count() for s in series}
             stacked = tuple(sorted(series, key=lambda s: -height[s]))
-            return ("stack", stacked), stacked
+            # Above others, a single point q needs no step of its own: max(0, q, q + f_P) is max(0, q + f_P).
+            return ("stack", stacked), tuple(s for s in stacked if s == stacked[0] or s.bit_count() > 1)
         v = max(points(mask), key=lambda i: ((comparable[i] & mask).bit_count(), -i))
         without, forced = mask & ~(poset.below[v] | 1 << v), mask & (poset.above[v] | 1 << v)
         return ("choose", without, forced, mask & ~forced), (without, mask & ~forced)
