@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchconv.ops.segnet import (
-    IndexPool,
-    IndexUnpool,
-    index_pool,
-    index_unpool,
-    plane_indices,
-)
+from torchconv.kernels._layout import channels_last_format
+from torchconv.ops.segnet import IndexPool, IndexUnpool, index_pool, index_unpool, plane_indices
 from torchconv.ops.segnet_level import SegNetLevel1d, SegNetLevel2d, SegNetLevel3d
 
 POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -80,6 +75,24 @@ def test_equals_pytorch_with_gradients(shape, ceil_mode):
     y = index_unpool(pooled, offsets, shape)
     assert torch.equal(y, full)
     assert torch.equal(torch.autograd.grad((y * cotangent).sum(), x)[0], wanted)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_many_channels_in_both_layouts(ndim, stride):
+    """Maps of many channels take another way on a CPU; windows of -inf alone have their first place."""
+    x = noise(2, 9, *(9, 7, 6)[:ndim]).mul(2).round()
+    x = x.masked_fill(noise(*x.shape, seed=1) < 0.5, -math.inf)
+    expected, index = POOL[ndim](x, 2, stride, ceil_mode=True, return_indices=True)
+    formats = [torch.contiguous_format, *([] if ndim == 1 else [channels_last_format(ndim)])]
+    for layout in formats:
+        ours, offsets = index_pool(x.contiguous(memory_format=layout), 2, stride)
+        assert torch.equal(ours, expected)
+        assert torch.equal(plane_indices(offsets, x.shape[2:], 2, stride), index)
+        assert all(t.is_contiguous(memory_format=layout) for t in (ours, offsets))
+        y = index_unpool(ours, offsets, x.shape[2:], 2, stride)
+        assert y.is_contiguous(memory_format=layout)
+        assert torch.equal(y.flatten(2).gather(2, index.flatten(2)), expected.flatten(2))
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
@@ -161,8 +174,17 @@ def test_bad_arguments():
         index_unpool(pooled, offsets, (4,))
     with pytest.raises(ValueError, match="offsets of shape"):
         index_unpool(pooled[..., :1], offsets, (4, 4))
+    with pytest.raises(ValueError, match=r"size=\(20, 20\)"):
+        index_unpool(pooled, offsets, (20, 20))
+    with pytest.raises(ValueError, match=r"offsets.dtype=torch.int64"):
+        index_unpool(pooled, plane_indices(offsets, (4, 4)), (4, 4))
     with pytest.raises(ValueError, match="kernel_size=0"):
         index_pool(noise(1, 1, 4), 0)
+    with pytest.raises(ValueError, match="kernel_size=3: leaves no window"):
+        index_pool(noise(1, 1, 4, 2), 3, ceil_mode=False)
+    for shape in ((3, 4), (1, 1, 0, 4)):
+        with pytest.raises(ValueError, match="x of shape"):
+            index_pool(noise(*shape))
 
 
 class TestLevel:
