@@ -26,6 +26,12 @@ def _moved(p, t, D, H, W, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, 
 
 
 @triton.jit
+def _at(d, h, w, step_d, step_h, step_w):
+    """Where a position lies in memory, in 64 bits: an image in channels-last steps far."""
+    return d.to(tl.int64) * step_d + h.to(tl.int64) * step_h + w.to(tl.int64) * step_w
+
+
+@triton.jit
 def _aggregate(
     x, weight, out, C, G, D, H, W, blocks_c, blocks_p,
     xn, xc, xd, xh, xw, wn, wg, wt, wd, wh, ww, on, oc, od, oh, ow,
@@ -41,24 +47,26 @@ def _aggregate(
         c = first + (block // G * BC + tl.arange(0, BC)) * G
     else:
         c = block * BC + tl.arange(0, BC)
+    rows = c.to(tl.int64)[:, None]
     total = tl.zeros((BC, BP), ACC)
     for t in range(KD * KH * KW):
         if MIRRORED:
             d, h, w, ok = _moved(p, t, D, H, W, KD, KH, KW, -1)
-            at = d * wd + h * wh + w * ww
+            at = _at(d, h, w, wd, wh, ww)
         else:
             d, h, w, ok = _moved(p, t, D, H, W, KD, KH, KW, 1)
-            at = p // (H * W) * wd + p // W % H * wh + p % W * ww
+            at = _at(p // (H * W), p // W % H, p % W, wd, wh, ww)
         inside = (c < C)[:, None] & ok[None, :]
-        read = tl.load(x + n * xn + c[:, None] * xc + (d * xd + h * xh + w * xw)[None, :], mask=inside, other=0.0)
+        at += n * wn + tl.cast(t, tl.int64) * wt
+        read = tl.load(x + rows * xc + (n * xn + _at(d, h, w, xd, xh, xw))[None, :], mask=inside, other=0.0)
         if SHARED:
-            factor = tl.load(weight + n * wn + first * wg + t * wt + at, mask=ok, other=0.0)[None, :]
+            factor = tl.load(weight + tl.cast(first, tl.int64) * wg + at, mask=ok, other=0.0)[None, :]
         else:
-            factor = tl.load(weight + n * wn + (c % G)[:, None] * wg + t * wt + at[None, :], mask=inside, other=0.0)
+            factor = tl.load(weight + rows % G * wg + at[None, :], mask=inside, other=0.0)
         total += factor.to(ACC) * read.to(ACC)
-    here = p // (H * W) * od + p // W % H * oh + p % W * ow
+    here = n * on + _at(p // (H * W), p // W % H, p % W, od, oh, ow)
     inside = (c < C)[:, None] & (p < D * H * W)[None, :]
-    tl.store(out + n * on + c[:, None] * oc + here[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + rows * oc + here[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -72,19 +80,20 @@ def _weight_gradient(
     first = program // blocks_p % G
     n = (program // blocks_p // G).to(tl.int64)
     inside = p < D * H * W
-    from_grad = p // (H * W) * gd + p // W % H * gh + p % W * gw
-    to = out + n * on + first * og + p // (H * W) * od + p // W % H * oh + p % W * ow
+    from_grad = n * gn + _at(p // (H * W), p // W % H, p % W, gd, gh, gw)
+    to = out + n * on + tl.cast(first, tl.int64) * og + _at(p // (H * W), p // W % H, p % W, od, oh, ow)
     for t in range(KD * KH * KW):
         d, h, w, ok = _moved(p, t, D, H, W, KD, KH, KW, 1)
-        from_x = d * xd + h * xh + w * xw
+        from_x = n * xn + _at(d, h, w, xd, xh, xw)
         total = tl.zeros((BP,), ACC)
         for r in range(0, repeats, BR):
             c = first + (r + tl.arange(0, BR)) * G
             mask = (c < C)[:, None] & ok[None, :]
-            read = tl.load(x + n * xn + c[:, None] * xc + from_x[None, :], mask=mask, other=0.0).to(ACC)
-            slope = tl.load(grad + n * gn + c[:, None] * gc + from_grad[None, :], mask=mask, other=0.0).to(ACC)
+            rows = c.to(tl.int64)[:, None]
+            read = tl.load(x + rows * xc + from_x[None, :], mask=mask, other=0.0).to(ACC)
+            slope = tl.load(grad + rows * gc + from_grad[None, :], mask=mask, other=0.0).to(ACC)
             total += tl.sum(read * slope, 0)
-        tl.store(to + t * ot, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(to + tl.cast(t, tl.int64) * ot, total.to(out.dtype.element_ty), mask=inside)
 
 
 def _steps(tensor: Tensor, lead: int) -> tuple[int, ...]:

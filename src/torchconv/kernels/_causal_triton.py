@@ -20,11 +20,12 @@ from torchconv.kernels._triton_launch import sum_type
 def _before(x, w, b, base, c, m, step_c, step_l, C, L, K: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr):
     """The convolution at positions m of channels c, before the activation."""
     total = tl.zeros((c.shape[0], m.shape[0]), ACC)
+    rows = base + c.to(tl.int64)[:, None] * step_c
     for j in tl.static_range(K):
         at = m - j
         tap = tl.load(w + c * K + (K - 1 - j), mask=c < C, other=0.0).to(ACC)
         inside = (c < C)[:, None] & ((at >= 0) & (at < L))[None, :]
-        read = tl.load(x + base + c[:, None] * step_c + at[None, :] * step_l, mask=inside, other=0.0)
+        read = tl.load(x + rows + at.to(tl.int64)[None, :] * step_l, mask=inside, other=0.0)
         total += tap[:, None] * read.to(ACC)
     if BIAS:
         total += tl.load(b + c, mask=c < C, other=0.0).to(ACC)[:, None]
@@ -49,7 +50,8 @@ def _output(
     if SILU:
         z = z * _sigmoid(z)
     inside = (c < C)[:, None] & (m < L)[None, :]
-    tl.store(y + base + c[:, None] * step_c + m[None, :] * step_l, z.to(y.dtype.element_ty), mask=inside)
+    rows = base + c.to(tl.int64)[:, None] * step_c
+    tl.store(y + rows + m.to(tl.int64)[None, :] * step_l, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -63,6 +65,7 @@ def _gradients(
     c = program // spans % tiles_c * BC + tl.arange(0, BC)
     item = program // spans // tiles_c
     base = item.to(tl.int64) * step_b
+    rows = base + c.to(tl.int64)[:, None] * step_c
     number = tl.arange(0, KP)
     by_tap = tl.zeros((BC, KP), ACC)
     for tile in range(TILES):
@@ -71,7 +74,7 @@ def _gradients(
         for j in tl.static_range(K):
             at = m + j
             inside = (c < C)[:, None] & (at < L)[None, :]
-            slope = tl.load(g + base + c[:, None] * step_c + at[None, :] * step_l, mask=inside, other=0.0).to(ACC)
+            slope = tl.load(g + rows + at.to(tl.int64)[None, :] * step_l, mask=inside, other=0.0).to(ACC)
             if SILU:
                 z = _before(x, w, b, base, c, at, step_c, step_l, C, L, K, BIAS, ACC)
                 s = _sigmoid(z)
@@ -80,16 +83,15 @@ def _gradients(
             by_x += tap[:, None] * slope
             # x at m meets the output j later through the same tap.
             here = (c < C)[:, None] & (m < L)[None, :]
-            read = tl.load(x + base + c[:, None] * step_c + m[None, :] * step_l, mask=here, other=0.0).to(ACC)
+            read = tl.load(x + rows + m.to(tl.int64)[None, :] * step_l, mask=here, other=0.0).to(ACC)
             found = tl.sum(slope * read, 1)
             by_tap += tl.where((number == K - 1 - j)[None, :], found[:, None], 0.0)
             if j == 0:
                 by_tap += tl.where((number == K)[None, :], tl.sum(slope, 1)[:, None], 0.0)
         inside = (c < C)[:, None] & (m < L)[None, :]
-        at_x = dx + base + c[:, None] * step_c + m[None, :] * step_l
-        tl.store(at_x, by_x.to(dx.dtype.element_ty), mask=inside)
-    rows = (item * spans + span).to(tl.int64) * C + c
-    tl.store(sums + rows[:, None] * KP + number[None, :], by_tap, mask=(c < C)[:, None])
+        tl.store(dx + rows + m.to(tl.int64)[None, :] * step_l, by_x.to(dx.dtype.element_ty), mask=inside)
+    line = (item * spans + span).to(tl.int64) * C + c
+    tl.store(sums + line[:, None] * KP + number[None, :], by_tap, mask=(c < C)[:, None])
 
 
 def _tile(channels: int, length: int, last: bool) -> tuple[int, int]:
@@ -138,7 +140,7 @@ def gradients(
     _gradients[(batch * tiles_c * spans,)](
         grad, x, weight.contiguous(), weight if bias is None else bias.contiguous(), dx, sums, channels, length, *steps,
         tiles_c, spans, K=size, BIAS=bias is not None, SILU=silu, BC=bc, BL=bl, TILES=tiles, KP=padded,
-        ACC=sum_type(x),
+        ACC=sum_type(x), num_warps=8 if last else 4,  # four would not have the registers for its addresses
     )  # fmt: skip
     total = sums.sum(0)
     return dx, total[:, :size], total[:, size]

@@ -51,7 +51,7 @@ def _output(
     total = tl.zeros((BP,), ACC)
     top = tl.full((BP,), float("-inf"), ACC)
     for t in range(KD * KH * KW):
-        value = tl.load(kernels + row + t * P + p, mask=here, other=0.0).to(ACC)
+        value = tl.load(kernels + row + tl.cast(t, tl.int64) * P + p, mask=here, other=0.0).to(ACC)
         read = tl.load(x + base * (D * H * W) + _window(p, t, H, W, OH, OW, SD, SH, SW, KH, KW)[None, :], mask=inside, other=0.0).to(ACC)  # fmt: skip # noqa: E501
         if MODE == 2:
             higher = tl.maximum(top, value)
@@ -75,7 +75,7 @@ def _output(
 @triton.jit
 def _normalised(kernels, tops, sums, row, stat, t, P, p, here, LEAST, MODE: tl.constexpr, ACC: tl.constexpr):
     """The weights of tap t at pixels p, and the sums they were divided by."""
-    value = tl.load(kernels + row + t * P + p, mask=here, other=0.0).to(ACC)
+    value = tl.load(kernels + row + tl.cast(t, tl.int64) * P + p, mask=here, other=0.0).to(ACC)
     total = tl.load(sums + stat + p, mask=here, other=1.0)
     weight = value
     if MODE == 1:
@@ -113,7 +113,7 @@ def _by_kernels(
             by = tl.where((value >= LEAST) & (value <= 1.0), (by - mean) / total, 0.0)
         if MODE == 2:
             by = weight * (by - mean)
-        tl.store(out + row + t * P + p, by.to(out.dtype.element_ty), mask=here)
+        tl.store(out + row + tl.cast(t, tl.int64) * P + p, by.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 4096  # numbers in a program's tile
+_MOST = 16  # channels of a tile: sums over its states are numbers per channel and position, which fill registers too
+_WARPS = 8  # of a program: four have not the registers for a tile and its gradients
 
 
 @triton.jit
@@ -117,7 +119,7 @@ def _tile(channels: int, groups: int, states: int) -> tuple[int, int, int]:
     padded = triton.next_power_of_2(states)
     positions = max(16, min(64, _TILE // padded))
     width = channels // groups
-    return math.gcd(width, max(1, _TILE // (padded * positions))), padded, positions
+    return math.gcd(width, max(1, min(_MOST, _TILE // (padded * positions)))), padded, positions
 
 
 def _launch(u: Tensor, b: Tensor, c: Tensor, states: int) -> tuple[int, tuple[int, ...], tuple[int, int, int]]:
@@ -135,7 +137,7 @@ def output(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     out = torch.empty_like(u)
     programs, sizes, tile = _launch(u, b, c, a.shape[1])
     with torch.cuda.device_of(u):
-        _output_kernel[(programs,)](u, delta, a, b, c, out, out, *sizes, False, *tile)
+        _output_kernel[(programs,)](u, delta, a, b, c, out, out, *sizes, False, *tile, num_warps=_WARPS)
     return out
 
 
@@ -153,9 +155,9 @@ def gradients(
     by_a = torch.empty(batch, channels, states, **wide)
     by_b, by_c = (torch.empty(batch, programs // batch, states, length, **wide) for _ in range(2))
     with torch.cuda.device_of(u):
-        _output_kernel[(programs,)](u, delta, a, b, c, u, saved, *sizes, True, *tile)
+        _output_kernel[(programs,)](u, delta, a, b, c, u, saved, *sizes, True, *tile, num_warps=_WARPS)
         _gradient_kernel[(programs,)](
-            grad, u, delta, a, b, c, saved, by_u, by_delta, by_a, by_b, by_c, *sizes, *tile
+            grad, u, delta, a, b, c, saved, by_u, by_delta, by_a, by_b, by_c, *sizes, *tile, num_warps=_WARPS
         )  # fmt: skip
     groups = (t.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype) for t, like in ((by_b, b), (by_c, c)))
     return by_u, by_delta, by_a.sum(0).to(a.dtype), *groups
