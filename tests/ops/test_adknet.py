@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.parity.core import Case, run_case
 from torchconv.ops import _adknet_fractional
 from torchconv.ops.adknet import (
     ADKConv1d,
@@ -183,6 +184,33 @@ def test_refusals():
         fractional_downscale(x, k, k, k, 2, padding=-1)
     with pytest.raises(ValueError, match="x of shape"):
         fractional_downscale(x[0], k, k, k, 2)
+    with pytest.raises(ValueError, match=r"padding=1\.5"):
+        fractional_downscale(x, k, k, k, 2, padding=1.5)
+    for layer in (ADKConv2d(3), CARDownscale2d(3)):
+        with pytest.raises(ValueError, match="nothing to mirror"):
+            layer.double()(x[:, :, :0])
+
+
+def test_fractional_form_under_vmap():
+    x, k, offsets = noise(3, 2, 4, 4), noise(3, 9, 2, 2), noise(2, 3, 9, 2, 2)
+
+    def one(x, k, down, right):
+        return fractional_downscale(x[None], k[None], down[None], right[None], 2)[0]
+
+    found = torch.func.vmap(one)(x, k, *offsets)
+    torch.testing.assert_close(found, fractional_downscale(x, k, *offsets, 2))
+
+
+def test_parity_of_one_kernel_for_all_colours():
+    x, logits, cotangent = noise(1, 3, 4, 6), noise(1, 4, 2, 3).requires_grad_(), noise(1, 3, 2, 3)
+    kernels = logits.softmax(1)
+    y = adaptive_downscale(x, kernels[:, None], 2, 2, "none")
+    by_logits, by_kernels = torch.autograd.grad((y * cotangent).sum(), (logits, kernels))
+    inputs = {"image": x, "logits": logits.detach(), "cotangent": cotangent}
+    outputs = {"y": y.detach(), "kernels": kernels.detach()}
+    grads = {"logits": by_logits, "kernels": by_kernels}
+    case = Case("adknet", "shared", {"scale": 2}, "", "eval", "", None, None, {}, inputs, outputs, grads)
+    assert all(t.passed for t in run_case(case))
 
 
 def test_claim_task_follows_the_content():

@@ -32,13 +32,16 @@ def _per_pixel(case: Case):
     normalisation = config.get("normalisation", "softmax")
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        kernels = normalise_kernels(inputs["logits"], normalisation) if "logits" in inputs else inputs["kernels"]
-        if kernels.dim() == inputs["image"].dim():  # one kernel for all colours
-            kernels = kernels.unsqueeze(1)
+        given = inputs["logits"] if "logits" in inputs else inputs["kernels"]
+        shared = given.dim() == inputs["image"].dim()  # one kernel for all colours, without an axis for them
+        kernels = given.unsqueeze(1) if shared else given
+        if "logits" in inputs:
+            kernels = normalise_kernels(kernels, normalisation)
         # grad.kernels is the gradient of the normalised kernels, which are no input of the file.
-        kernels = kernels.view_as(kernels)
+        kernels = kernels.squeeze(1) if shared else kernels.view_as(kernels)
         inputs["kernels"] = kernels
-        y = adaptive_downscale(inputs["image"], kernels, config["scale"], config.get("kernel_size"), "none")
+        applied = kernels.unsqueeze(1) if shared else kernels
+        y = adaptive_downscale(inputs["image"], applied, config["scale"], config.get("kernel_size"), "none")
         return {"y": y, "kernels": kernels}
 
     return forward

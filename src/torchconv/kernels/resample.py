@@ -33,7 +33,7 @@ NORMALISATIONS = ("softmax", "sum", "none")
 LEAST_WEIGHT = 1e-6  # of the "sum" normalisation, as in arXiv 1907.12904
 _HALF = (torch.float16, torch.bfloat16)
 _Index = tuple[Any, ...]
-_BLOCK = 1 << 20  # kernel elements of a block, 4 MB: fits the cache, and long enough to hide the cost of a call
+_BLOCK = 1 << 15  # elements of a tap in a block: fits the cache, and long enough to hide the cost of a call
 
 
 def normalise_kernels(kernels: Tensor, normalisation: str = "softmax") -> Tensor:
@@ -59,15 +59,18 @@ def normalise_kernels(kernels: Tensor, normalisation: str = "softmax") -> Tensor
     return kernels
 
 
-def _kernel_gradient(by_weight: Tensor, weight: Tensor, kernels: Tensor, normalisation: str) -> Tensor:
-    """The gradient before the normalisation from that after it, which it overwrites."""
-    if normalisation == "none":
-        return by_weight
-    by_weight.sub_((by_weight * weight).sum(2, keepdim=True))
+def _share(tap: Tensor, top: Tensor | None, normalisation: str) -> Tensor:
+    """The kernel of one tap, before it is divided by the sum over the taps."""
+    if top is not None:
+        return (tap - top).exp_()
+    return tap.clamp(LEAST_WEIGHT, 1.0) if normalisation == "sum" else tap
+
+
+def _slope(tap: Tensor, share: Tensor, normalisation: str) -> Tensor | None:
+    """The derivative of :func:`_share`; None is 1."""
     if normalisation == "softmax":
-        return by_weight.mul_(weight)
-    inside = (kernels >= LEAST_WEIGHT) & (kernels <= 1)
-    return by_weight.div_(kernels.clamp(LEAST_WEIGHT, 1.0).sum(2, keepdim=True)).mul_(inside)
+        return share
+    return (tap >= LEAST_WEIGHT) & (tap <= 1) if normalisation == "sum" else None
 
 
 class Geometry(NamedTuple):
@@ -112,12 +115,12 @@ def _join(phases: Tensor, geo: Geometry) -> Tensor:
 
 
 def _blocks(kernels: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Items and rows of the output whose kernels fit the cache."""
+    """Items and rows of the output of which one tap fits the cache."""
     batch, rows = kernels.shape[0], kernels.shape[3]
     if kernels.device.type != "cpu":  # no cache to fill, but launches to save
         yield slice(0, batch), slice(0, rows)
         return
-    row = max(1, kernels[:1, :, :, :1].numel())
+    row = max(1, kernels[:1, :, 0, :1].numel())
     many, tall = max(1, _BLOCK // (row * rows)), max(1, min(rows, _BLOCK // row))
     for item in range(0, batch, many):
         for top in range(0, rows, tall):
@@ -143,6 +146,20 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
+def _sums(kernels: Tensor, taps: Iterator[Tensor], normalisation: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output of a block; the largest kernel and the sum over the taps where the normalisation needs them."""
+    top = kernels.amax(2) if normalisation == "softmax" else None
+    y: Tensor | None = None
+    total: Tensor | None = None
+    for tap, source in zip(kernels.unbind(2), taps, strict=True):
+        share = _share(tap, top, normalisation)
+        y = share * source if y is None else y.addcmul_(share, source)
+        if normalisation != "none":
+            total = share.clone() if total is None else total.add_(share)
+    assert y is not None
+    return (y if total is None else y.div_(total)), top, total
+
+
 def _on_device(x: Tensor, kernels: Tensor) -> bool:
     return x.numel() > 0 and kernels.numel() > 0 and trustworthy("resample", x.device)
 
@@ -156,12 +173,8 @@ def _forward(x: Tensor, kernels: Tensor, scale: Sequence[int], size: Sequence[in
     phases = _split(_wide(x), geo)
     out = phases.new_empty(*x.shape[:2], *geo.out)
     for items, rows in _blocks(kernels):
-        weight = normalise_kernels(_wide(kernels[items, :, :, rows]), normalisation)
-        target = out[items, :, rows]
-        taps = zip(weight.unbind(2), _taps(phases, geo, items, rows), strict=True)
-        torch.mul(*next(taps), out=target)
-        for tap in taps:
-            target.addcmul_(*tap)
+        taps = _taps(phases, geo, items, rows)
+        out[items, :, rows], _, _ = _sums(_wide(kernels[items, :, :, rows]), taps, normalisation)
     return out.to(x.dtype)
 
 
@@ -183,22 +196,24 @@ def _backward(
     phases, grad = _split(_wide(x), geo), _wide(grad)
     by_x = torch.zeros_like(phases) if needs[0] else phases
     by_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format) if needs[1] else kernels.new_empty(0)
-    shared = kernels.shape[1] == 1
     for items, rows in _blocks(kernels):
         block, g = _wide(kernels[items, :, :, rows]), grad[items, :, rows].contiguous()
-        weight = normalise_kernels(block, normalisation)
-        by_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight
-        taps = (weight.unbind(2), by_weight.unbind(2))
+        y, top, total = _sums(block, _taps(phases, geo, items, rows), normalisation)
+        # ∂y/∂share_t = (x_t − y) / total
+        g = g if total is None else g / total
+        offset = None if total is None else (g * y).neg_().sum_to_size(total.shape)
         places = (_taps(phases, geo, items, rows), _taps(by_x, geo, items, rows))
-        for tap, by_tap, source, target in zip(*taps, *places, strict=True):
-            if needs[1] and shared:
-                torch.sum(g * source, 1, keepdim=True, out=by_tap)
-            elif needs[1]:
-                torch.mul(g, source, out=by_tap)
+        targets = (by_kernels[items, :, :, rows] if needs[1] else block).unbind(2)
+        for tap, by_tap, source, target in zip(block.unbind(2), targets, *places, strict=True):
+            share = _share(tap, top, normalisation)
             if needs[0]:
-                target.addcmul_(tap, g)
-        if needs[1]:
-            by_kernels[items, :, :, rows] = _kernel_gradient(by_weight, weight, block, normalisation)
+                target.addcmul_(share, g)
+            if not needs[1]:
+                continue
+            slope = _slope(tap, share, normalisation)
+            by_share = (g * source).sum_to_size(tap.shape)
+            by_share = by_share if offset is None else by_share.add_(offset)
+            by_tap.copy_(by_share if slope is None else by_share.mul_(slope))
     return (_join(by_x, geo).to(x.dtype).contiguous() if needs[0] else x.new_empty(0)), by_kernels
 
 
@@ -284,6 +299,7 @@ def mirror_pad(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
         tensor([[[1., 2., 1., 0., 1., 2., 1.]]])
     """
     pads = []
+    check(0 not in x.shape[2:], "x.shape", tuple(x.shape), "an axis without elements has nothing to mirror")
     for axis, (begin, end) in enumerate(spans, start=2):
         n = x.shape[axis]
         low, high = max(begin, 0), min(end, n)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchconv._common import check, check_positive
 from torchconv.kernels._custom import in_ordinary_operators
+from torchconv.kernels._layout import keep_layout
 from torchconv.kernels.resample import mirror_pad
 
 _CHUNK = 1 << 20  # samples taken at once
@@ -65,13 +66,14 @@ def fractional_downscale(
     grid = tuple(max(1, n // scale) for n in x.shape[2:])
     for name, tensor in (("kernels", kernels), ("offsets_v", offsets_v), ("offsets_h", offsets_h)):
         if tensor.dim() != 4 or tensor.shape[0] != x.shape[0] or tuple(tensor.shape[2:]) != grid:
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {(x.shape[0], 'taps', *grid)}")
+            expected = f"({x.shape[0]}, taps, {grid[0]}, {grid[1]})"
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {expected}")
         check(tensor.shape[1] == kernels.shape[1], name, tuple(tensor.shape), f"needs {kernels.shape[1]} taps")
     taps = int(kernels.shape[1])
     side = round(taps**0.5) if kernel_size is None else kernel_size
     check(side * side == taps, "kernel_size", kernel_size, f"its square must be the number of taps, {taps}")
     border = side // 2 if padding is None else padding
-    check(border >= 0, "padding", padding, "must be 0 or more")
+    check_positive("padding", border, zero=True)
     unit = float(scale if offset_unit is None else offset_unit)
     dtype = x.dtype
     for tensor in (kernels, offsets_v, offsets_h):
@@ -84,12 +86,7 @@ def fractional_downscale(
         out = _sample(tensors, 0, side, unit, size)
     else:
         out = _Sample.apply(*tensors, side, unit, size)
-    out = out.to(dtype)
-    return out.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else out
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return keep_layout(out.to(dtype), x)
 
 
 def _corners(offset: Tensor, places: Tensor, unit: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
