@@ -287,6 +287,24 @@ def test_network_head_stages_and_merge():
     torch.testing.assert_close(net(x), features)
 
 
+def test_every_convolution_of_a_network_can_be_swapped():
+    from torchconv.surgery import swap
+
+    net, x = P3D((1, 1, 1, 1), 3, width=2), torch.randn(1, 3, 16, 16, 16)
+    swapped = swap(net.eval(), "p3d", example=x)
+    assert {n for n, m in swapped.named_modules() if isinstance(m, P3DConv3d)} == {
+        f"layer{stage}.0.conv{number}" for stage in (1, 2, 3) for number in (2, 3)
+    }
+    torch.testing.assert_close(swapped.merge()(x), swapped(x))
+    net.layer2[0].conv2 = nn.Conv3d(4, 4, 3, padding=1)
+    assert net(x).shape == (1, 3)
+    seen = []
+    for layer in (net.layer1[0].conv2, net.layer1[0].conv3):
+        layer.register_forward_hook(lambda module, inputs, y: seen.append((module.kernel_size, y.shape)))
+    net(x)
+    assert seen == [((1, 3, 3), (1, 2, 8, 4, 4)), ((3, 1, 1), (1, 2, 8, 4, 4))]
+
+
 def test_dropout_before_the_classifier_only():
     torch.manual_seed(0)
     net = P3D((1, 1, 1, 1), 0, width=4, drop_rate=0.9)

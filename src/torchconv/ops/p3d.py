@@ -417,13 +417,37 @@ class P3DConv3d(nn.Module):
         )
 
 
+def apply_space(conv: nn.Module, x: Tensor) -> Tensor:
+    """What ``conv(x)`` gives, by :func:`space_conv` where it is a plain 1 × k × k convolution that nobody looks at."""
+    if not _leaves(conv, TIME):
+        y: Tensor = conv(x)
+        return y
+    own: Any = conv
+    return space_conv(x, own.weight, own.bias, own.stride[1:], own.padding[1:], own.dilation[1:], own.groups)
+
+
+def apply_time(conv: nn.Module, x: Tensor) -> Tensor:
+    """What ``conv(x)`` gives, by :func:`time_conv` where it is a plain k × 1 × 1 convolution that nobody looks at."""
+    if not _leaves(conv, SPACE):
+        y: Tensor = conv(x)
+        return y
+    own: Any = conv
+    return time_conv(x, own.weight, own.bias, own.stride[0], own.padding[0], own.dilation[0], own.groups)
+
+
+def _leaves(conv: nn.Module, axes: tuple[int, ...]) -> bool:
+    """A plain convolution that does nothing along ``axes``, without hooks, which only a call sees."""
+    if type(conv) is not nn.Conv3d or conv._forward_hooks or conv._forward_pre_hooks:
+        return False
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    return all((conv.kernel_size[a - 2], conv.stride[a - 2], conv.padding[a - 2]) == (1, 1, 0) for a in axes)
+
+
 def fold_in(module: nn.Module, conv: str, norm: str) -> None:
-    """Replace ``module``'s convolution by one that includes the batch norm after it, which becomes an identity."""
+    """Put the batch norm after a convolution of ``module`` into it, where both are still what they were built as."""
     layer: Any = module.get_submodule(conv)
     bn = module.get_submodule(norm)
-    if isinstance(bn, nn.Identity):  # folded before
-        return
-    assert isinstance(bn, BatchNorm)
-    weight, bias = fold_bn(layer.weight, layer.bias, bn)
-    setattr(module, conv, make_conv(weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups))
-    setattr(module, norm, nn.Identity())
+    if type(layer) in (nn.Conv2d, nn.Conv3d) and isinstance(bn, BatchNorm):
+        layer.weight, layer.bias = (nn.Parameter(t) for t in fold_bn(layer.weight, layer.bias, bn))
+        setattr(module, norm, nn.Identity())

@@ -31,7 +31,7 @@ from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.models._backbone import Backbone
 from torchconv.models._registry import register_model
-from torchconv.ops.p3d import DIALECTS, FORMS, activated, fold_in, space_conv, time_conv
+from torchconv.ops.p3d import DIALECTS, FORMS, activated, apply_space, apply_time, fold_in
 
 
 @part(
@@ -125,8 +125,8 @@ class P3DBottleneck(nn.Module):
         else:
             y = activated(
                 y,
-                lambda z: self.bn2(space_conv(z, self.conv2.weight, self.conv2.bias)),
-                lambda z: self.bn3(time_conv(z, self.conv3.weight, self.conv3.bias)),
+                lambda z: self.bn2(apply_space(self.conv2, z)),
+                lambda z: self.bn3(apply_time(self.conv3, z)),
                 self.form,
                 self.dialect,
             )
