@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.ops.harness import randomise
+from tests.parity.core import Case, run_case
 from torchconv.ops.mhafyolo import (
     MULTI_KERNELS,
     ConvBN,
@@ -193,6 +194,24 @@ def test_published_sizes_of_attention():
     op = PSA(256)
     assert (op.attn.heads, op.attn.key, op.attn.head) == (2, 32, 64)
     assert op.attn.qkv.conv.out_channels == 256
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        (MultiKernelReparamConv2d(4, kernel_size=9), {}),
+        (RepHMS2d(4, 10, 7, width=4, depth=2, expansion=1.7), {"bn_eps": 1e-3}),
+        (RepHDW2d(4, 9, 3, depth=2, depth_expansion=1.3), {}),
+        (ConvBN(4, 6, 3, 2, 2), {"s": 2}),
+        (SCDown(4, 6, 5), {}),
+    ],
+)
+def test_golden_files_may_leave_to_the_weights_what_they_show(module, config):
+    module, x = randomise(module).eval(), noise(2, 4, 7, 6)
+    state = {n: t.clone() for n, t in module.state_dict().items()}
+    y = module(x).detach()
+    case = Case("mhafyolo", "", config, "", "eval", "", None, None, state, {"x": x}, {"y": y}, {})
+    assert all(c.passed for c in run_case(case))
 
 
 def test_refusals():

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
-from torchconv.ops.mhafyolo import MultiKernelReparamConv2d
+from torchconv.ops.mhafyolo import ConvBN, MultiKernelReparamConv2d
 from torchconv.ops.mhafyolo_blocks import RepHDW2d, RepHMS2d
-from torchconv.ops.mhafyolo_parts import PSA, SPPF, SCDown, shrink
+from torchconv.ops.mhafyolo_parts import PSA, SPPF, SCDown, _Attention, shrink
 
 
 def adapt(case: Case) -> Adapted:
@@ -42,19 +42,51 @@ def adapt(case: Case) -> Adapted:
 
 
 def _module(case: Case, norms: dict[str, float]) -> nn.Module:
-    config = case.config
-    if "dim" in config:
-        return MultiKernelReparamConv2d(config["dim"], kernel_size=config.get("kernel_size", 3), **norms)
-    ends = [config.get("in_channels", config.get("c1")), config.get("out_channels", config.get("c2"))]
-    if any(n.startswith("attn.") for n in case.state):
-        return PSA(ends[0], config.get("e", config.get("expansion", 0.5)), **norms)
-    size = config.get("kersize", config.get("kernel_size", config.get("k")))
-    if any(n.startswith("RepElanMSBlock.") for n in case.state):
-        options = {"width": config.get("width", 3), "depth": config.get("depth", 1)}
-        return RepHMS2d(*ends, size or 5, expansion=config.get("depth_expansion", 2), **options, **norms)
-    if any(n.startswith("m.0.") for n in case.state):
-        options = {"depth": config.get("depth", 1), "expansion": config.get("expansion", 0.5)}
-        return RepHDW2d(*ends, size or 5, depth_expansion=config.get("depth_expansion", 2), **options, **norms)
-    if case.state["cv2.conv.weight"].shape[1] == 1:
-        return SCDown(*ends, size or 3, config.get("stride", config.get("s", 2)), **norms)
-    return SPPF(*ends, size or 5, **norms)
+    """What the config leaves out is read off the weights."""
+    config, state = case.config, case.state
+    kernels = [t.shape[-1] for n, t in state.items() if n.endswith("lk_origin.weight")]
+    if "dwconv.lk_origin.weight" in state:
+        return MultiKernelReparamConv2d(len(state["norm.weight"]), kernel_size=kernels[0], **norms)
+    if any(n.startswith("attn.") for n in state):
+        share = config.get("e", config.get("expansion", 0.5))
+        return PSA(config.get("c1", config.get("in_channels")), share, **norms)
+    if "qkv.conv.weight" in state:
+        channels = state["qkv.conv.weight"].shape[1]
+        return _Attention(channels, config.get("num_heads", max(1, channels // 64)), **norms)
+    if "conv.weight" in state:
+        return _convolution(config, state["conv.weight"], norms)
+    ends = state.get("conv1.conv.weight", state.get("cv1.conv.weight"))
+    last = state.get("conv2.conv.weight", state.get("cv2.conv.weight"))
+    if ends is None or last is None:
+        raise ParityError(f"weights of no known block: {', '.join(sorted(state)[:3])}")
+    inputs, outputs = ends.shape[1], last.shape[0]
+    if any(n.startswith("RepElanMSBlock.") for n in state):
+        stacks = {tuple(map(int, n.split(".")[1:3])) for n in state if n.startswith("RepElanMSBlock.")}
+        width, depth = (1 + max(s[k] for s in stacks) for k in (0, 1))
+        expansion = _ratio(config, "depth_expansion", state["RepElanMSBlock.0.0.conv1.conv.weight"])
+        options = {"width": width + 1, "depth": depth, "expansion": expansion}
+        return RepHMS2d(inputs, outputs, kernels[0], **options, **norms)
+    if any(n.startswith("m.0.") for n in state):
+        depth = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("m."))
+        options = {
+            "depth": depth,
+            "expansion": config.get("expansion", 0.5),
+            "depth_expansion": _ratio(config, "depth_expansion", state["m.0.conv1.conv.weight"]),
+        }
+        return RepHDW2d(inputs, outputs, kernels[0], **options, **norms)
+    if last.shape[1] == 1:
+        return SCDown(inputs, outputs, last.shape[-1], config.get("stride", config.get("s", 2)), **norms)
+    return SPPF(inputs, outputs, config.get("kernel_size", config.get("k", 5)), **norms)
+
+
+def _ratio(config: dict[str, Any], name: str, weight: Tensor) -> float:
+    """``config[name]``, or what makes as many inner channels as the bottleneck's first convolution has."""
+    value: float = config.get(name, (weight.shape[0] + 0.5) / weight.shape[1])
+    return value
+
+
+def _convolution(config: dict[str, Any], weight: Tensor, norms: dict[str, float]) -> nn.Module:
+    outputs, within, *size = weight.shape
+    inputs = config.get("in_channels", config.get("c1", within))
+    stride, act = config.get("stride", config.get("s", 1)), config.get("act", True)
+    return ConvBN(inputs, outputs, size[0], stride, inputs // within, act, **norms)

@@ -14,7 +14,7 @@ from torchconv.ops.deeplab import ASPP2d
 from torchconv.ops.ffdnn import FFC2d
 from torchconv.ops.mhafyolo import MultiKernelReparamConv2d
 from torchconv.ops.segnet import index_pool, index_unpool
-from torchconv.ops.terminator import HyperZZWConv2d
+from torchconv.ops.terminator import HyperZZWConv2d, HyperZZWGlobal2d
 
 
 @case("ffc")
@@ -41,11 +41,16 @@ def ffc(place: Place) -> Iterator[Case]:
 
 @case("multikernel-reparam")
 def multikernel(place: Place) -> Iterator[Case]:
-    """The merged kernel against the branches one by one, with fixed statistics."""
+    """With fixed statistics, folded on the way, against the branches one by one; and merged."""
     layer = place.put(MultiKernelReparamConv2d(64, kernel_size=9))
     merged = place.put(layer.merge())
     x = place.randn(4, 64, 40, 40)
-    yield Case("4×64×40² k=9, merged", merged, (x,), layer, backward=False)
+
+    def eager(x: Tensor) -> Tensor:
+        y: Tensor = layer.norm(sum(bn(conv(x)) for conv, bn in layer.dwconv.pairs()))
+        return y
+
+    yield Case("4×64×40² k=9", layer, (x,), eager, {"merged": merged}, tuple(layer.parameters()))
 
 
 @case("aspp")
@@ -75,7 +80,26 @@ def pooling(place: Place) -> Iterator[Case]:
 
 @case("terminator")
 def terminator(place: Place) -> Iterator[Case]:
-    """The hyper-kernel, generated for each call, against its merged form."""
+    """The hyper-kernel, generated for each call, against plain calls with the same slow net, and its merged form."""
     layer = place.put(HyperZZWConv2d(32))
     x = place.randn(4, 32, 32, 32)
-    yield Case("4×32×32² k=7", layer, (x,), None, {"merged": layer.merge()}, tuple(layer.parameters()))
+
+    def eager(x: Tensor) -> Tensor:
+        mixer = layer.channel_mixer
+        return F.conv2d(F.conv2d(x, layer.slow_net(x), padding=3, groups=32), mixer.weight, mixer.bias)
+
+    merged = place.put(layer.merge())
+    yield Case("4×32×32² k=7", layer, (x,), eager, {"merged": merged}, tuple(layer.parameters()))
+
+
+@case("terminator-global")
+def terminator_global(place: Place) -> Iterator[Case]:
+    """Products of planes with an image-sized kernel, against the same as one sum over indices."""
+    layer = place.put(HyperZZWGlobal2d(32, kernel_size=32))
+    x = place.randn(4, 32, 32, 32)
+
+    def eager(x: Tensor) -> Tensor:
+        features = F.instance_norm(layer.channel_mixer(x))
+        return torch.einsum("ncit,cit,nctj->ncij", x, layer.slow_net()[0], features)
+
+    yield Case("4×32×32²", layer, (x,), eager, params=tuple(layer.parameters()))

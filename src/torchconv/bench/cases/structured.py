@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +80,12 @@ def posets(place: Place) -> Iterator[Case]:
 
         def eager(x: Tensor, members: Tensor = members) -> Tensor:
             blocks = F.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))
-            sums = torch.einsum("bckhw,uk->bcuhw", blocks, members.to(x.dtype))
+            sums = torch.einsum("bckhw,uk->bcuhw", blocks, members.to(x))
             return sums.amax(2)
 
         yield Case(f"8×32×56² poset {name}", ours, (x,), eager)
+    peers: dict[str, Any] = {"F.max_pool2d": partial(F.max_pool2d, kernel_size=2)}
+    yield Case("8×32×56² poset 13, a relative", partial(poset_filter, poset=13), (x,), None, peers, alike=False)
 
 
 @case("lka")
