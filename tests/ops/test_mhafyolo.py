@@ -202,7 +202,7 @@ def test_published_sizes_of_attention():
         (MultiKernelReparamConv2d(4, kernel_size=9), {}),
         (RepHMS2d(4, 10, 7, width=4, depth=2, expansion=1.7), {"bn_eps": 1e-3}),
         (RepHDW2d(4, 9, 3, depth=2, depth_expansion=1.3), {}),
-        (ConvBN(4, 6, 3, 2, 2), {"s": 2}),
+        (ConvBN(4, 6, 3, 2, 2), {"s": 2, "g": 2}),
         (SCDown(4, 6, 5), {}),
     ],
 )

@@ -87,6 +87,6 @@ def _ratio(config: dict[str, Any], name: str, weight: Tensor) -> float:
 
 def _convolution(config: dict[str, Any], weight: Tensor, norms: dict[str, float]) -> nn.Module:
     outputs, within, *size = weight.shape
-    inputs = config.get("in_channels", config.get("c1", within))
+    inputs = config.get("in_channels", config.get("c1", within * config.get("groups", config.get("g", 1))))
     stride, act = config.get("stride", config.get("s", 1)), config.get("act", True)
     return ConvBN(inputs, outputs, size[0], stride, inputs // within, act, **norms)
