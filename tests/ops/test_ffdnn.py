@@ -245,6 +245,8 @@ def test_squash():
     zero = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     squash(zero).sum().backward()
     assert torch.isfinite(zero.grad).all()
+    half = torch.tensor([[0.0, 0.0], [300.0, 400.0]], dtype=torch.float16)
+    torch.testing.assert_close(squash(half), torch.tensor([[0.0, 0.0], [0.6, 0.8]], dtype=torch.float16))
 
 
 def routing_by_loops(u, weight, iterations):

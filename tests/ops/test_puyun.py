@@ -186,6 +186,10 @@ class TestBlock:
         expected = y + scale[1] * F.conv2d(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
         torch.testing.assert_close(block(x), expected)
 
+    def test_is_built_where_it_is_told(self):
+        block = VANBlock(4, device="meta", dtype=torch.float64)
+        assert {(p.device.type, p.dtype) for p in block.parameters()} == {("meta", torch.float64)}
+
     def test_without_scales_it_is_the_identity(self):
         block = VANBlock(4, layer_scale=0.0)
         x = torch.randn(2, 4, 6, 6)

@@ -182,7 +182,7 @@ def squash(s: Tensor, eps: float = 1e-8) -> Tensor:
         eps: added to |s|² in the root, for a gradient at zero.
 
     Shape:
-        (…, k) → (…, k).
+        (…, k) → (…, k). Half precision is computed in float32.
 
     Example:
         >>> squash(torch.tensor([3.0, 4.0])).norm().round(decimals=4)
@@ -190,8 +190,9 @@ def squash(s: Tensor, eps: float = 1e-8) -> Tensor:
 
     Reference: arXiv 1710.09829, equation 1.
     """
-    squared = s.square().sum(-1, keepdim=True)
-    return s * (squared / (1 + squared) * torch.rsqrt(squared + eps))
+    wide = s.float() if s.dtype in _HALF else s
+    squared = wide.square().sum(-1, keepdim=True)
+    return (wide * (squared / (1 + squared) * torch.rsqrt(squared + eps))).to(s.dtype)
 
 
 def dynamic_routing(u: Tensor, weight: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ The attention adds its own input, so that the normalised map enters twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +26,9 @@ from torchconv.ops.puyun import LKAttention2d
 class DWConv(nn.Module):
     """Depthwise 3 × 3 convolution, under the authors' name ``dwconv``."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.dwconv = DepthwiseConv2d(dim, kernel_size=3, padding=1)
+        self.dwconv = DepthwiseConv2d(dim, kernel_size=3, padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the same."""
@@ -41,11 +43,12 @@ class ConvMlp(nn.Module):
         (N, C, H, W) → the same.
     """
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.dwconv = DWConv(hidden)
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Conv2d(dim, hidden, 1, **options)
+        self.dwconv = DWConv(hidden, **options)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, **options)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,18 +100,23 @@ class VANBlock(nn.Module):
         kernel_size: int = 21,
         decomposition: int = 3,
         padding_mode: str = "zeros",
+        *,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         check_positive("dim", dim)
         hidden = int(dim * mlp_ratio)
         check(hidden >= 1, "mlp_ratio", mlp_ratio, f"leaves no hidden channels of {dim}")
-        self.norm1 = nn.BatchNorm2d(dim)
-        self.attn = LKAttention2d(dim, kernel_size=kernel_size, decomposition=decomposition, padding_mode=padding_mode)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        sizes: dict[str, Any] = {"kernel_size": kernel_size, "decomposition": decomposition}
+        self.norm1 = nn.BatchNorm2d(dim, **options)
+        self.attn = LKAttention2d(dim, **sizes, padding_mode=padding_mode, **options)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.BatchNorm2d(dim)
-        self.mlp = ConvMlp(dim, hidden, drop)
-        self.layer_scale_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
-        self.layer_scale_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.norm2 = nn.BatchNorm2d(dim, **options)
+        self.mlp = ConvMlp(dim, hidden, drop, **options)
+        self.layer_scale_1 = nn.Parameter(torch.full((dim,), float(layer_scale), **options))
+        self.layer_scale_2 = nn.Parameter(torch.full((dim,), float(layer_scale), **options))
 
     def param_options(self) -> dict[str, dict[str, float]]:
         """The scales are not decayed."""
