@@ -137,6 +137,8 @@ def test_refusals():
         wave_trajectories(1, start="bang")
     with pytest.raises(ValueError, match="c="):
         wave_trajectories(1, 8, scheme="newmark", c=np.ones((8, 8)))
+    with pytest.raises(ValueError, match="c="):
+        newmark(np.zeros((3, 3)), dt=0.1, steps=2, c=np.ones((3, 3)))
     with pytest.raises(ValueError, match="mass="):
         elements(4, "diagonal")
     with pytest.raises(ValueError, match="scheme="):

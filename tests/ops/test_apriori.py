@@ -15,6 +15,7 @@ from torch import nn
 
 from torchconv.data.waves import laplacian
 from torchconv.ops.apriori import FORMS, APrioriConv1d, APrioriConv2d, APrioriConv3d, dense_kernel, factorise_kernel
+from torchconv.ops.factorise import choose_rank
 
 KINDS = {1: APrioriConv1d, 2: APrioriConv2d, 3: APrioriConv3d}
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -233,6 +234,11 @@ def test_refusals():
         factorise_kernel(noise(4, 4, 3, 3), energy=0.99, form="depthwise_1d")
     with pytest.raises(ValueError, match="weight="):
         factorise_kernel(torch.zeros(4, 4), 1)
+    for broken in (torch.full((4, 4, 3, 3), torch.inf), torch.zeros(4, 4, 0, 3)):
+        with pytest.raises(ValueError, match=r"weight=\(4, 4"):
+            factorise_kernel(broken, 1)
+    with pytest.raises(ValueError, match=r"weight=\(4, 4\)"):
+        choose_rank(torch.ones(4, 4), share=0.5)
     with pytest.raises(ValueError, match="execute='factored'"):
         APrioriConv2d(4, execute="factored")
     with pytest.raises(ValueError, match="execute='fast'"):

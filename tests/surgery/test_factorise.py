@@ -140,6 +140,14 @@ def test_a_weight_that_another_module_reads_is_left() -> None:
     assert "does not pass through" in new.factorise_report.kept["read"]
 
 
+def test_a_layer_without_finite_values_is_kept() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    nn.init.constant_(net[0].weight, torch.nan)
+    new = factorise(net, rank=1)
+    assert "not finite" in new.factorise_report.kept["0"]
+    assert [row.path for row in new.factorise_report.layers] == ["1"]
+
+
 def test_ranks_by_name() -> None:
     new: Any = factorise(network(), rank={"2": 3, "[3-9]": (2, 4), "5": 0.9}, form="tucker")
     assert {row.path: row.rank for row in new.factorise_report.layers} == {

@@ -190,6 +190,7 @@ def newmark(
         True
     """
     check_positive("steps", steps)
+    check(np.ndim(c) == 0, "c", np.shape(c), "finite elements take one speed; use leapfrog for a field")
     u, v = _start(u0, v0)
     basis = elements(u.shape[-1], mass)
     ratio = c**2 * basis.stiffness / basis.mass

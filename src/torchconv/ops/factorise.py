@@ -67,7 +67,8 @@ def factorise_kernel(
         the factors in the dtype and on the device of ``weight``, with their error; computed in float64 on the CPU.
 
     Raises:
-        ValueError: both or none of rank and energy are given, one is out of range, or the form cannot reach the energy.
+        ValueError: both or none of rank and energy are given, one is out of range, the form cannot reach the energy, or
+            the kernel is not finite.
 
     Example:
         >>> kernel = torch.randn(8, 4, 3, 3)
@@ -78,9 +79,8 @@ def factorise_kernel(
     Reference: arXiv 2304.04964; the sequential form as in Jaderberg et al., arXiv 1405.3866, scheme 2.
     """
     check_choice("form", form, FORMS)
-    check(weight.dim() in (3, 4, 5), "weight", tuple(weight.shape), "expected (out, in/groups, *k), one to three k")
-    check_channels(weight.shape[1] * groups, weight.shape[0], groups)
     exact = _exact(weight)
+    check_channels(weight.shape[1] * groups, weight.shape[0], groups)
     if form == "depthwise_1d":
         rank = 1 if rank is None and energy is None else rank
     check((rank is None) != (energy is None), "rank", rank, f"give either rank or energy (energy={energy!r})")
@@ -185,7 +185,11 @@ def _choose_pair(weight: Tensor, energy: float | None, share: float | None) -> t
 
 
 def _exact(weight: Tensor) -> Tensor:
-    return weight.detach().to("cpu", torch.float64)
+    shape = tuple(weight.shape)
+    check(len(shape) in (3, 4, 5) and 0 not in shape, "weight", shape, "expected (out, in/groups, *k), one to three k")
+    exact = weight.detach().to("cpu", torch.float64)
+    check(bool(exact.isfinite().all()), "weight", shape, "holds values that are not finite: nothing fits them")
+    return exact
 
 
 def _first(curve: Tensor, energy: float) -> int:
