@@ -93,6 +93,23 @@ def test_search_ranks(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "ops", "--ops", "dlcs"], "did you mean dcls"),
         (["claim", "nope"], "no claim of that name"),
         (["claim", "dcls", "--budget", "huge"], "budget"),
+        (["merge", "", "-o", "x"], "model='': give timm:NAME"),
+        (["export", "timm:"], "model='timm:': put a name behind the colon"),
+        (["factorise", "torchconv:", "--rank", "0.5", "-o", "x"], "model='torchconv:': put a name behind"),
+        (["parallelise", "timm:qqqqqqqq", "-o", "x"], "has no network like it"),
+        (["merge", "torchconv:eca_resnet18", "-o", ""], "is empty"),
+        (["swap", "timm:test_resnet", "--to", "dcls:9", "-o", "x"], "as in dcls:kernel_size=9"),
+        (["export", "torchconv:eca_resnet18", "-o", "."], "out='.': is a folder; name a file in it"),
+        (["export", "torchconv:eca_resnet18", "-o", f"{__file__}/x.onnx"], "is a file; name another folder"),
+        (["bench", "ops", "--plot", "."], "plot='.': is a folder"),
+        (["claim", "dcls", "--out", __file__], "is a file; name another folder"),
+        (["inspect", "timm:test_resnet", "-o", "page"], "as in page.html"),
+        (["inspect", "timm:test_resnet", "--weights", "none.pth"], "weights='none.pth': is no file"),
+        (["inspect", "timm:test_resnet", "--against-weights", "x.pth"], "against_weights='x.pth': needs --against"),
+        (
+            ["inspect", "timm:test_resnet", "--against", "torchconv:eca_resnet18", "--against-weights", "pretrained"],
+            "against_weights='pretrained': is for timm:NAME",
+        ),
         (["frobnicate"], "No such command"),
         (["list", "--frobnicate"], "No such option"),
     ],
@@ -179,6 +196,10 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert [r["op"] for r in rows] == ["conv", "inceptionnext"]
     assert all(r["forward_ms"] > 0 and r["training_ms"] > 0 and r["macs"] > 0 for r in rows)
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_lists_can_be_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"key", "says", "source"} <= json.loads(run(capsys, "claim", "--json")[1])[0].keys()
 
 
 def test_import_is_light() -> None:

@@ -16,6 +16,7 @@ from torchconv.ops.dcls import DCLSConv2d
 from torchconv.surgery import swap
 from torchconv.weights import from_pretrained, save
 
+COMPARING = "comparing the outputs"
 swapping = importlib.import_module("torchconv.surgery.swap")  # the package has a function of that name
 
 
@@ -50,8 +51,11 @@ def image() -> torch.Tensor:
 def test_exact_transfers(to: str, where: str, exact: int) -> None:
     model, x = network(), image()
     before = copy.deepcopy(model.state_dict())
-    new: Any = swap(model, to, where=where, example=x)
+    said: list[str] = []
+    new: Any = swap(model, to, where=where, example=x, progress=said.append)
     report = new.swap_report
+    asked = len(report.layers) + len(report.kept)
+    assert [line.split(":")[0] for line in said] == [f"layer {n + 1} of {asked}" for n in range(asked)] + [COMPARING]
     assert [row.transfer for row in report.layers] == ["exact"] * exact, str(report)
     assert report.difference < 1e-4
     with torch.no_grad():

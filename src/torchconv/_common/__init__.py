@@ -2,7 +2,7 @@
 
 from torchconv._common.checks import check, check_choice, check_positive, did_you_mean
 from torchconv._common.extras import require
-from torchconv._common.files import atomic_write, write_json, write_text
+from torchconv._common.files import atomic_write, check_writable, write_json, write_text
 from torchconv._common.sizes import Padding, Size, ntuple, resolve_padding
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "check",
     "check_choice",
     "check_positive",
+    "check_writable",
     "did_you_mean",
     "ntuple",
     "require",

@@ -31,6 +31,27 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(argument: str, path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """See that a file, or with ``folder`` a folder, can be written at ``path``, before long work.
+
+    Raises:
+        OSError: it cannot; the message names ``argument``, its value and what is in the way.
+    """
+    place = Path(path)
+    if not folder and place.is_dir():
+        raise IsADirectoryError(f"{argument}={str(path)!r}: is a folder; name a file in it")
+    nearest = place if folder else place.parent
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{argument}={str(path)!r}: {nearest} is a file; name another folder")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        why = f"nothing can be written in {nearest} ({error.strerror}); name another folder"
+        raise type(error)(f"{argument}={str(path)!r}: {why}") from None
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_write(path) as temporary:

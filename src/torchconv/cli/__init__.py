@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Annotated, NoReturn
 
 import typer
@@ -37,6 +38,7 @@ def _global(
     """Options before the command."""
 
 
+@cache
 def _register() -> None:
     from torchconv.cli import bench, catalogue, claims, compare, export, factorise, inspect, merge, swap
 

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from torch import Tensor, nn
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def place(text: str | Path) -> Path:
+    """A path that was named: an empty one, as of an unset shell variable, would be the current folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("is empty; name a place, or . for this folder")
+    return Path(text)
+
+
+Model = Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder or file.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", parser=place, metavar="PATH", help="Folder, or file OUT.safetensors, to save to."),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Items of the noise.")]
+WHERE = (
+    "all, spatial (kernels above 1, the stem excepted), depthwise, pointwise, stem, or a pattern for names, which "
+    "means 1×1 convolutions too."
+)
+
+
+def value_of(text: str) -> Any:
+    """A number, tuple, … where the text is one, otherwise the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def noise_for(network: nn.Module, size: int | None, batch: int = 1) -> Tensor:

@@ -11,6 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from torchconv.cli._network import place
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, ….")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")]
+Backward = Annotated[bool, typer.Option(help="Time training passes too.")]
+Out = Annotated[Path | None, typer.Option(parser=place, metavar="FILE", help="Write the JSON here.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 benchmarks = typer.Typer(
     name="bench",
     help="How fast is it on this machine?\n\n[bold]Examples[/bold]\n\n  torchconv bench ops\n\n"
@@ -31,24 +41,42 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _threads(threads: int | None) -> None:
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(s.strip() for s in (text or "").split(",") if s.strip())
+
+
+def _prepare(threads: int | None, **files: Path | None) -> None:
+    """Before long work: set the threads, see that the files can be written."""
     import torch
 
+    from torchconv._common import check_writable
+
+    for option, file in files.items():
+        if file is not None:
+            check_writable(option, file)
     if threads:
         torch.set_num_threads(threads)
+
+
+def _wide() -> Console:
+    """The terminal; a file or pipe takes whole rows."""
+    return Console(width=None if sys.stdout.isatty() else 170)
 
 
 @benchmarks.command("ops")
 def ops_command(
     ops: Annotated[str | None, typer.Option(help="Operators and kernels; all by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ….")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    backward: Annotated[bool, typer.Option(help="Time training passes too.")] = True,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    backward: Backward = True,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each form of each case and pass.")] = 0.3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the roofline plot here (.png, .svg, .pdf).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    threads: Threads = None,
+    out: Out = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(parser=place, metavar="FILE", help="Write the roofline plot here (.png, .svg, .pdf)."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Time every operator against the obvious PyTorch expression and published packages, paired in one run.
 
@@ -64,11 +92,10 @@ def ops_command(
     from torchconv.bench import bench_ops
     from torchconv.bench.tables import pairs, roofline, where
 
-    _threads(threads)
-    console = Console(width=None if sys.stdout.isatty() else 170)  # a file or pipe takes whole rows
+    _prepare(threads, out=out, plot=plot)
     with Console(stderr=True).status("measuring what the machine can do …") as status:
         result = bench_ops(
-            tuple(s.strip() for s in ops.split(",") if s.strip()) if ops else (),
+            _names(ops),
             device=device,
             dtype=dtype,
             backward=backward,
@@ -82,6 +109,7 @@ def ops_command(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
+    console = _wide()
     table = Table(box=None)
     for column in (
         "operator",
@@ -121,13 +149,13 @@ def mixers_command(
     channels: Annotated[int, typer.Option(min=1, help="Channels.")] = 64,
     size: Annotated[str, typer.Option(help="Sides of the map: 1024, 56x56, 16x32x32.")] = "56x56",
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ….")] = "cpu",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")] = False,
-    backward: Annotated[bool, typer.Option(help="Time training passes too.")] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    channels_last: ChannelsLast = False,
+    backward: Backward = True,
+    threads: Threads = None,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Time the operators as spatial mixers, all in one run and in turn.
 
@@ -142,13 +170,11 @@ def mixers_command(
     from torchconv._common import write_json
     from torchconv.bench.mixers import bench as run
 
-    _threads(threads)
+    _prepare(threads, out=out)
     sizes = _sizes(size)
-    chosen = tuple(s.strip() for s in ops.split(",") if s.strip()) if ops else ()
-    console = Console()
-    with console.status("timing …"):
+    with Console(stderr=True).status("timing …"):
         result = run(
-            chosen,
+            _names(ops),
             channels=channels,
             size=sizes,
             batch=batch,
@@ -162,6 +188,7 @@ def mixers_command(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
+    console = _wide()
     table = Table(box=None)
     for column in ("operator", "params", "M MACs", "forward ms", "p95", "× first", "training ms", "p95", "× first"):
         table.add_column(column, justify="left" if column == "operator" else "right")
@@ -183,15 +210,15 @@ def models_command(
     wanted: Annotated[str | None, typer.Option("--filter", help="Names or patterns; all networks by default.")] = None,
     size: Annotated[int, typer.Option(min=1, help="Side of the images.")] = 224,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the throughput.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ….")] = "cpu",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    channels_last: ChannelsLast = False,
     training: Annotated[bool, typer.Option("--training", help="Time training passes too.")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each network and kind of call.")] = 0.5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here, after every network.")] = None,
+    threads: Threads = None,
+    out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time named networks against timm's of the same name or the nearest published one, in turn.
 
@@ -208,7 +235,7 @@ def models_command(
     from torchconv.bench.models import bench_models
     from torchconv.bench.tables import model_lines, models_columns, models_where
 
-    _threads(threads)
+    _prepare(threads, out=out)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -220,7 +247,7 @@ def models_command(
     with bars:
         task = bars.add_task("building")
         result = bench_models(
-            tuple(s.strip() for s in wanted.split(",") if s.strip()) if wanted else (),
+            _names(wanted),
             size=size,
             batch=batch,
             dtype=dtype,
@@ -241,7 +268,7 @@ def models_command(
     for row in result["rows"]:
         for line in model_lines(row):
             table.add_row(*line)
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = _wide()
     console.print(table)
     for skipped in result["skipped"]:
         console.print(f"left out: {skipped['model']}: {skipped['why']}", highlight=False)

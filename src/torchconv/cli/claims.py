@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from torchconv.cli._network import place
+
 
 def _show(console: Console, record: dict[str, Any]) -> None:
     colour = {"supported": "green", "not supported": "red"}.get(record["verdict"], "yellow")
@@ -29,7 +31,9 @@ def claim(
     key: Annotated[str | None, typer.Argument(help="The method; leave out with --all or to list the claims.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Run every claim.")] = False,
     budget: Annotated[str, typer.Option(help="quick (about a minute) or full (about ten), a claim.")] = "quick",
-    out: Annotated[Path | None, typer.Option(help="Folder for the records, KEY.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=place, metavar="FOLDER", help="Folder for the records, KEY.json.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Test a paper's claim at desk scale and say what came out.
@@ -42,18 +46,25 @@ def claim(
 
       torchconv claim --all --budget full --out claims/
     """
+    from torchconv._common import check_writable
     from torchconv.claims import claims, run_claim, write_record
 
     console = Console()
     if key is None and not every:
+        if as_json:
+            listed = [{"key": c.key, "says": c.says, "source": c.source} for c in claims().values()]
+            typer.echo(json.dumps(listed, indent=2, ensure_ascii=False))
+            return
         for known in claims().values():
             console.print(f"[bold]{known.key}[/bold]  {known.says}", highlight=False)
         return
+    if out is not None:
+        check_writable("out", out, folder=True)
     keys = list(claims()) if every else [str(key)]
     records, failed = [], []
     for name in keys:
         try:
-            with console.status(f"{name} …") as status:
+            with Console(stderr=True).status(f"{name} …") as status:
                 record = run_claim(name, budget, lambda line, n=name: status.update(f"{n}: {line}"))  # type: ignore[misc]
         except Exception as error:
             if not every:

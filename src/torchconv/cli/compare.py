@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from torchconv.cli._network import place
+
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)?$")
 
 
@@ -42,7 +44,10 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials at a time on this machine.")] = None,
     dask: Annotated[str | None, typer.Option(help="A Dask scheduler, tcp://HOST:PORT, instead of --jobs.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; a new one is named when not given.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=place, metavar="FOLDER", help="The run's folder; a new one is named when not given."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in --out.")] = False,
     data_root: Annotated[
         Path | None, typer.Option(envvar="TORCHCONV_DATA", help="Where named data sets lie or are put.")
@@ -79,6 +84,7 @@ def compare(
 
       torchconv compare --out report --resume
     """
+    from torchconv._common import check_writable
     from torchconv.cli.live import LiveListener, print_results
     from torchconv.compare import DEFAULT_OPS, CompareConfig
     from torchconv.compare import compare as run
@@ -89,6 +95,7 @@ def compare(
     if out is None:
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data).stem).strip("-").lower() or "data"
         out = Path(f"torchconv-compare-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    check_writable("out", out, folder=True)
     config = CompareConfig(
         data=data,
         ops=tuple(s.strip() for s in ops.split(",") if s.strip()) if ops else DEFAULT_OPS,

@@ -9,12 +9,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from torchconv.cli._network import Model, place
+
 
 def export(
-    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder or file.")],
+    model: Model,
     to: Annotated[str, typer.Option(help="onnx, torch-export, torchscript or openvino-ready-onnx.")] = "onnx",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file; by default the model's name with .onnx, .pt2 or .pt.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            parser=place,
+            metavar="FILE",
+            help="The file; by default the model's name with .onnx, .pt2 or .pt.",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option(help="Of the input: 224, 224x320 or 16x112x112; by default what the network says.")
@@ -42,17 +51,18 @@ def export(
 
       torchconv export resnet18-dcls/ --to torch-export --static --batch 8
     """
-    from torchconv._common import check_choice
+    from torchconv._common import check_choice, check_writable
     from torchconv.surgery.export import FORMATS
     from torchconv.surgery.export import export as carry_out
     from torchconv.weights import open_model
 
     check_choice("to", to, FORMATS)
     sizes = _sizes(size)
-    network = open_model(model)
     if out is None:
         name = model.rpartition(":")[2] if model.startswith(("timm:", "torchconv:")) else Path(model).resolve().stem
         out = Path(name.replace("/", "_") + FORMATS[to])
+    check_writable("out", out)
+    network = open_model(model)
     with Console(file=sys.stderr).status(f"exporting to {to} …"):
         report = carry_out(
             network,

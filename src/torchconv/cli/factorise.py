@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-Model = Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder or file.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder, or file OUT.safetensors, to save to.")]
+from torchconv.cli._network import WHERE, Batch, Model, Out, value_of
+
 Side = Annotated[int | None, typer.Option(min=1, help="Side of the noise it is measured on; the network's own.")]
-Batch = Annotated[int, typer.Option(min=1, help="Items of the noise.")]
 
 
 def _rank(text: str) -> Any:
     """8, 0.5, (8, 4), or PATTERN=8,PATTERN=0.25."""
 
     def value(word: str) -> Any:
-        try:
-            found = ast.literal_eval(word)
-        except (ValueError, SyntaxError):
-            found = None
+        found = value_of(word)
         if not isinstance(found, int | float | tuple):
             raise typer.BadParameter(f"{word!r}: give a rank (8), a share (0.5), a pair (8,4), or NAME=RANK,…")
         return found
@@ -41,9 +35,7 @@ def factorise(
     ] = None,
     energy: Annotated[float | None, typer.Option(help="Share of each kernel's squares to keep, instead.")] = None,
     form: Annotated[str, typer.Option(help="sequential, tucker, cp, per_pair or depthwise_1d.")] = "sequential",
-    where: Annotated[
-        str | None, typer.Option(help="all, spatial, depthwise, pointwise, stem, or a pattern for names.")
-    ] = None,
+    where: Annotated[str | None, typer.Option(help=WHERE)] = None,
     force: Annotated[bool, typer.Option("--force", help="Also where it saves nothing.")] = False,
     size: Side = None,
     batch: Batch = 1,

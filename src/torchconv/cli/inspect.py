@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from torchconv.cli._network import Model, place
+
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder.")],
+    model: Model,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -24,8 +26,16 @@ def inspect(
         str | None, typer.Option(help="Images: a named set, a folder by class, an .npz; noise by default.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="A second network to compare representations with.")] = None,
+    against_weights: Annotated[str | None, typer.Option(help="As --weights, for the network of --against.")] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The page to write; a folder of its name stands beside it.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            parser=place,
+            metavar="FILE",
+            help="The page to write; a folder of its name stands beside it.",
+        ),
     ] = Path("inspection.html"),
     only: Annotated[str | None, typer.Option(help="Sections, separated by commas; all that apply by default.")] = None,
     size: Annotated[
@@ -43,22 +53,26 @@ def inspect(
 
       torchconv inspect torchconv:unireplknet_a --only filters,receptive-field -o unireplknet.html
 
-      torchconv inspect trained/ --data photos/ --against timm:resnet18
+      torchconv inspect trained/ --data photos/ --against timm:resnet18 --against-weights resnet18.pth
 
       torchconv inspect trained/ --data photos/ --only transfer,patterns
     """
     import torch
 
-    from torchconv._common import check_choice
+    from torchconv._common import check, check_choice, check_writable
     from torchconv.analysis.inspection import SECTIONS, as_data, inspect_model, plain, write_report
 
     torch.manual_seed(0)  # fresh weights are the same the next time
     chosen = tuple(s.strip() for s in only.split(",") if s.strip()) if only else ()
     for key in chosen:
         check_choice("only", key, SECTIONS)
+    check(against is not None or against_weights is None, "against_weights", against_weights, "needs --against MODEL")
+    check(bool(out.suffix), "out", str(out), f"name the page with its ending, as in {out.name}.html")
+    check_writable("out", out)
+    check_writable("out", out.with_suffix(""), folder=True)
     with Console(stderr=True).status("opening the network …") as status:
-        network = _network(model, weights)
-        other = _network(against, None) if against else None
+        network = _network(model, weights, "weights")
+        other = None if against is None else _network(against, against_weights, "against_weights")
         status.update("reading the images …")
         images, labels, names = _images(network, data, size, limit) if data else (None, None, ())
         found = inspect_model(
@@ -89,25 +103,27 @@ def inspect(
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _network(spec: str, weights: str | None) -> Any:
-    """The network of ``MODEL``, with the checkpoint for it."""
+def _network(spec: str, weights: str | None, option: str) -> Any:
+    """The network of ``MODEL``, with the checkpoint for it that an option gave."""
+    from torchconv._common import check
     from torchconv.weights import load_official, open_model, read_state
 
     source, _, name = spec.partition(":")
     if weights is None:
         return open_model(spec)
     if source not in ("timm", "torchconv"):
-        raise ValueError(f"weights={weights!r}: {spec!r} has its own; they are for timm:NAME and torchconv:NAME")
+        raise ValueError(f"{option}={weights!r}: {spec!r} has its own; they are for timm:NAME and torchconv:NAME")
     if weights == "pretrained":
         if source != "timm":
-            raise ValueError("weights='pretrained': is for timm:NAME; give a file for torchconv:NAME")
+            raise ValueError(f"{option}='pretrained': is for timm:NAME; give a file for torchconv:NAME")
         return open_model(spec, pretrained=True)
+    check(Path(weights).is_file(), option, weights, "is no file; give a checkpoint (.pth, .safetensors)")
     try:
         return load_official(name, weights) if source == "torchconv" else _timm(spec, read_state(weights))
     except ValueError as error:  # every tensor that does not fit has a line of its own
         first, *others = str(error).split("\n")
         more = f"; {others[0].strip()}; and {len(others) - 1} more" if others else ""
-        raise ValueError(f"weights={weights!r}: {first}{more}") from error
+        raise ValueError(f"{option}={weights!r}: {first}{more}") from error
 
 
 def _timm(spec: str, state: dict[str, Any]) -> Any:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from torchconv.cli._network import Batch, Model, Out
+
 
 def merge(
-    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder or file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or file OUT.safetensors, to save to.")],
+    model: Model,
+    out: Out,
     size: Annotated[
         int | None, typer.Option(min=1, help="Side of the noise it is checked and timed on; the network's own.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Items of the noise.")] = 1,
+    batch: Batch = 1,
     fold: Annotated[bool, typer.Option(help="Fold batch norms too.")] = True,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative difference of the output.")] = 1e-4,
 ) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
+from torchconv.cli._network import WHERE, Model, Out, value_of
 
 
 def swap(
-    model: Annotated[str, typer.Argument(help="timm:NAME, torchconv:NAME, or a saved folder or file.")],
+    model: Model,
     to: Annotated[str, typer.Option(help="Operator with options, as in dcls:kernel_size=9.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or file OUT.safetensors, to save to.")],
-    where: Annotated[
-        str, typer.Option(help="all, spatial, depthwise, pointwise, stem, or a pattern for names.")
-    ] = "spatial",
+    out: Out,
+    where: Annotated[str, typer.Option(help=WHERE)] = "spatial",
     keep_weights: Annotated[bool, typer.Option(help="Carry weights over where there is a way to.")] = True,
     match: Annotated[
         str | None, typer.Option(help="params: as many parameters as before, within 2 %, by the operator's free size.")
@@ -32,7 +31,7 @@ def swap(
 
       torchconv swap timm:resnet18 --to dcls:kernel_size=7 --match params -o resnet18-dcls.safetensors
 
-      torchconv swap trained/ --to apriori:rank=8 --where "layer4.*" -o factored
+      torchconv swap trained/ --to apriori:rank=8 --where "layer4.*.conv[12]" -o factored
     """
     from torchconv.cli._network import costs, noise_for
     from torchconv.surgery import swap as carry_out
@@ -41,22 +40,33 @@ def swap(
     op, *pairs = to.split(":")
     options: dict[str, Any] = {}
     for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"to={to!r}: write options as NAME=VALUE behind colons, as in dcls:kernel_size=9")
+        options[name] = value_of(value)
     check_place(out)
-    network = open_model(model)
-    try:
-        x = noise_for(network, size)
-    except ValueError:  # layers are compared one by one all the same
-        x = None
-    changed = carry_out(network, op, where=where, keep_weights=keep_weights, match=match, example=x, **options)
-    save(changed, out)
+    with Console(stderr=True).status("opening the network …") as status:
+        network = open_model(model)
+        try:
+            x = noise_for(network, size)
+        except ValueError:  # layers are compared one by one all the same
+            x = None
+        changed = carry_out(
+            network,
+            op,
+            where=where,
+            keep_weights=keep_weights,
+            match=match,
+            example=x,
+            progress=lambda line: status.update(f"{line} …"),
+            **options,
+        )
+        status.update("counting and saving …")
+        cost = None if x is None else costs(network, changed, x)
+        save(changed, out)
     typer.echo(str(changed.swap_report))
-    if x is not None:
-        typer.echo(costs(network, changed, x))
+    if cost is not None:
+        typer.echo(cost)
     typer.echo(f"saved: {out}")
 
 

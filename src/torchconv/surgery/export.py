@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchconv._common import check, check_choice, check_positive, ntuple, require
+from torchconv._common import check, check_choice, check_positive, check_writable, ntuple, require
 from torchconv.surgery import _onnx
 from torchconv.surgery._attempt import Attempt, quiet
 from torchconv.surgery._probe import make_up, run
@@ -141,6 +141,7 @@ def export(
     """
     check_choice("to", to, FORMATS)
     check_positive("batch", batch)
+    check_writable("path", path)
     if to in _ONNX:
         opset = _checked(opset, to)
     else:

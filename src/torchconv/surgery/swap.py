@@ -87,6 +87,7 @@ def swap(
     keep_weights: bool = True,
     match: str | None = None,
     example: Any = None,
+    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> nn.Module:
     """A copy of ``model`` with an operator in place of its convolutions.
@@ -95,7 +96,8 @@ def swap(
         model: any module; it stays as it is. Hooks, device, type, training mode and shared layers are kept.
         to: an operator of the catalogue (``torchconv list --kind operator``).
         where: "all", "spatial" (kernels larger than 1, the stem excepted), "depthwise", "pointwise", "stem" (the first
-            convolution), a pattern for names ("stages.2.*"), or a predicate of name and module.
+            convolution), a pattern for names ("stages.2.*", which means 1 × 1 convolutions of such names too), or a
+            predicate of name and module.
         keep_weights: carry the old weights over where there is a way to; otherwise start afresh.
         match: "params" keeps the network's number of parameters within 2 %. Where the operator has a capacity that is
             free to choose (``kernel_count`` of dcls, ``rank`` of apriori, ``width`` of adknet, ``n_layers`` of shallow,
@@ -103,6 +105,7 @@ def swap(
             one at which it is as large as the convolution was. What then is still beyond the budget stays a
             convolution, the layers that change most first.
         example: an input; with it the report has the difference of the outputs.
+        progress: called with what is being done, layer by layer.
         options: of the operator's constructor.
 
     Returns:
@@ -130,7 +133,9 @@ def swap(
     shared = tied(new)
     # For a budget the largest first, so that smaller ones make up for what larger ones miss.
     order = sorted(chosen, key=lambda path: -parameter_count(chosen[path])) if match else list(chosen)
-    for path in order:
+    say = progress or (lambda line: None)
+    for done, path in enumerate(order):
+        say(f"layer {done + 1} of {len(order)}: {path}")
         conv = chosen[path]
         try:
             check_own_kernel(conv, shared)
@@ -157,6 +162,7 @@ def swap(
             put(new, path, swapped[path][1])
     apart = None
     if example is not None:
+        say("comparing the outputs")
         before = run(copy.deepcopy(model).eval(), example)
         try:
             after = run(copy.deepcopy(new).eval(), example)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from torchconv._common import atomic_write, check, did_you_mean, require, write_json
+from torchconv._common import atomic_write, check, check_writable, did_you_mean, require, write_json
 from torchconv._version import __version__
 from torchconv.weights.report import compare_states, load_into
 
@@ -105,15 +104,10 @@ def check_place(where: str | Path) -> None:
         OSError: it cannot.
     """
     where = Path(where)
-    folder = where.parent if _alone(where) else where
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(f"out={str(where)!r}: {folder} is a file; name another folder, or *.safetensors")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise type(error)(f"out={str(where)!r}: nothing can be written in {folder} ({error.strerror})") from None
+    alone = _alone(where)
+    if where.is_file() and not alone:
+        raise NotADirectoryError(f"out={str(where)!r}: is a file; name another folder, or *.safetensors")
+    check_writable("out", where, folder=not alone)
 
 
 def _alone(where: Path) -> bool:
@@ -230,7 +224,7 @@ def load(path: str | Path, *, device: Any = "cpu") -> nn.Module:
     path = Path(path)
     file = path / TENSORS if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"path={str(path)!r}: holds no {TENSORS}")
+        raise FileNotFoundError(f"path={str(path)!r}: holds no {TENSORS}; give a folder or file that torchconv saved")
     config = _description(path, file)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are replaced
         model = build(config)
@@ -312,15 +306,20 @@ def open_model(spec: str, **options: Any) -> nn.Module:
         ValueError: neither a known name nor something saved.
     """
     source, _, name = spec.partition(":")
+    if source in ("timm", "torchconv"):
+        remedy = "put a name behind the colon, as in timm:resnet18 or torchconv:unireplknet_a"
+        check(bool(name.strip()), "model", spec, remedy)
     if source == "torchconv":
         model: nn.Module = importlib.import_module("torchconv.models").create_model(name, **options)
         return model.eval()
     if source == "timm":
         timm = require("timm", "models")
         if name not in timm.list_models():
-            raise ValueError(f"model={spec!r}: {did_you_mean(name, timm.list_models())[:300]}")
+            near = did_you_mean(name, timm.list_models())
+            none = f"timm {timm.__version__} has no network like it; timm.list_models('*WORD*') finds names"
+            raise ValueError(f"model={spec!r}: {none if len(near) > 300 else near}")
         made: nn.Module = timm.create_model(name, **options)
         return made.eval()
-    if Path(spec).exists():
+    if spec.strip() and Path(spec).exists():
         return load(spec)
     raise ValueError(f"model={spec!r}: give timm:NAME, torchconv:NAME, or a folder that torchconv saved")
