@@ -267,6 +267,14 @@ class TestLayer:
         v = F.linear(expected(bare(u)).transpose(1, 2), linear.weight, linear.bias)
         torch.testing.assert_close(layer(u), expected(v).transpose(1, 2))
 
+    def test_exports_with_an_open_length(self):
+        layer = build(LongConvLayer, 3, 24, bidirectional=True)
+        dynamic = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim("length", min=4)},)
+        program = torch.export.export(layer, (noise(2, 3, 32),), dynamic_shapes=dynamic).module()
+        for length in (5, 24, 100):
+            u = noise(3, 3, length)
+            torch.testing.assert_close(program(u), layer(u))
+
     def test_lengths_in_a_golden_file(self, tmp_path):
         layer, u, lengths = LongConvLayer(3, 16, wrap=True), noise(2, 3, 16).float(), torch.tensor([16, 5])
         tensors = {f"state.{n}": t for n, t in layer.state_dict().items()}
@@ -400,6 +408,9 @@ class TestBlockFFT:
             return torch.view_as_real(block(x))
 
         assert torch.autograd.gradcheck(run, (x, *used), fast_mode=True)
+        replaced = {n: 2 * p.detach() for n, p in block.named_parameters()}
+        doubled = torch.func.functional_call(block, replaced, (x,))
+        torch.testing.assert_close(doubled, 4 * block(x))  # of two steps
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), block(x))
         with torch.autocast("cpu", torch.bfloat16):

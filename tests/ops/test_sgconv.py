@@ -300,6 +300,15 @@ def test_operator_sees_both_sides_equally_far():
         structured_kernel([])
 
 
+def test_layer_exports_with_an_open_length():
+    module = layer(3, 24, bidirectional=True, kernel_dim=4, mode="sum_randn")
+    dynamic = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim("length", min=4)},)
+    program = torch.export.export(module, (noise(2, 3, 32),), dynamic_shapes=dynamic).module()
+    for length in (5, 24, 100):
+        u = noise(3, 3, length)
+        torch.testing.assert_close(program(u), module(u))
+
+
 class TestCache:
     """Kernels are remembered without gradients only, and only while the weights are what they were."""
 

@@ -308,35 +308,36 @@ class LongConvLayer(nn.Module):
             )
         self._cache = SpectrumCache()
 
-    def _circular(self, length: int, n: int, wrap: bool) -> Tensor:
-        """The kernel of a circular convolution of ``n`` samples: the future, if it has one, stands at the end."""
+    def _circular(self, length: int) -> Tensor:
+        """The kernel of a circular convolution: the future, if it has one, stands at the end."""
         kernel = self.kernel()
         if not self.bidirectional:
-            return kernel if wrap else kernel[..., :length]
+            return kernel if self.wrap else kernel[..., :length]
         past, future = kernel.chunk(2)
-        if wrap:
-            return F.pad(past, (0, length)) + F.pad(future.flip(-1), (length, 0))
-        past, future = past[..., :length], future[..., :length]
-        missing = n - past.shape[-1]
+        missing = length
+        if not self.wrap:
+            past, future = past[..., :length], future[..., :length]
+            missing = power_of_two(2 * length) - past.shape[-1]
         return F.pad(past, (0, missing)) + F.pad(future.flip(-1), (missing, 0))
 
     def _taps(self, length: int) -> tuple[Tensor, int]:
-        n = min(length, self.l_max) + length
-        if not self.wrap and self.bidirectional:
-            n = 2 * length  # as many as both sides of the kernel, or more
-        kernel = self._circular(length, n, self.wrap)
         origin = 0
-        if self.bidirectional or (self.wrap and kernel.shape[-1] + length - 1 > n):
-            kernel, origin = wrapped(kernel, length, n)
+        if self.wrap:
+            kernel, n = self._circular(length), min(length, self.l_max) + length
+            if self.bidirectional or kernel.shape[-1] + length - 1 > n:
+                kernel, origin = wrapped(kernel, length, n)
+        else:
+            kernel = self.kernel()
+            if self.bidirectional:
+                past, future = kernel.chunk(2)
+                kernel, origin = torch.cat([future.flip(-1), past], -1), future.shape[-1]
         return with_skip(kernel, self.D, origin), origin
 
     def _by_blocks(self, u: Tensor) -> Tensor:
         length = u.shape[-1]
-        n = power_of_two(2 * length)
-        exact = min(length, self.l_max) + length if self.wrap else n
-        kernel = self._circular(length, n, self.wrap)
-        spectrum = self.block_fft_u(u, exact).unsqueeze(1) * self.block_fft_k(kernel, exact)
-        y = torch.fft.ifft(spectrum, exact).real[..., :length].to(u.dtype)
+        n = min(length, self.l_max) + length if self.wrap else power_of_two(2 * length)
+        spectrum = self.block_fft_u(u, n).unsqueeze(1) * self.block_fft_k(self._circular(length), n)
+        y = torch.fft.ifft(spectrum, n).real[..., :length].to(u.dtype)
         return y + self.D.unsqueeze(-1) * u.unsqueeze(1)
 
     def forward(self, u: Tensor, lengths: Tensor | int | None = None) -> Tensor:

@@ -138,7 +138,7 @@ class BlockFFT(nn.Module):
                 matrix.copy_(torch.view_as_real(dft_matrix(n, torch.float64)).expand(self.H, -1, -1, -1))
 
     def _matrix(self, n: int, wide: torch.dtype) -> Tensor:
-        stored = self.dropout(self.get_parameter(f"mat_{n}").to(wide))
+        stored = self.dropout(getattr(self, f"mat_{n}").to(wide))  # a tensor in the place of a parameter, perhaps
         matrix = torch.view_as_complex(stored)
         return matrix + dft_matrix(n, wide, matrix.device) if self.learn_additive else matrix
 

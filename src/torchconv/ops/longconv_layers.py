@@ -176,7 +176,7 @@ class H3Conv(nn.Module):
         def make() -> tuple[Tensor, int]:
             (taps,) = kernel()
             if not self.wrap:
-                return with_skip(taps[..., :length], skip, 0), 0
+                return with_skip(taps, skip, 0), 0
             taps, origin = wrapped(taps, length, 2 * length)
             return with_skip(taps, skip, origin), origin
 

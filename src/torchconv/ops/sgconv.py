@@ -304,7 +304,8 @@ class SGConvLayer(StructuredKernel):
         return torch.cat([past, future.flip(-1)], -1)
 
     def _taps(self, length: int) -> tuple[Tensor, int]:
-        kernel = self.one_sided(length)
+        # Exporters may leave the length open; the convolution cuts what is beyond it anyway.
+        kernel = self.one_sided(None if torch.compiler.is_exporting() else length)
         if not self.bidirectional:
             return with_skip(kernel, self.D, 0), 0
         past, future = kernel.chunk(2)
