@@ -186,6 +186,14 @@ class TestBlock:
         expected = y + scale[1] * F.conv2d(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
         torch.testing.assert_close(block(x), expected)
 
+    def test_starts_as_published(self):
+        """Every convolution: variance 2 / (taps · outputs / groups), no bias."""
+        torch.manual_seed(0)
+        for conv in (m for m in VANBlock(64).modules() if hasattr(m, "kernel_size") and hasattr(m, "weight")):
+            fan_out = conv.weight[0, 0].numel() * conv.out_channels // conv.groups
+            assert abs(float(conv.weight.detach().var()) * fan_out / 2 - 1) < 0.15
+            assert conv.bias.abs().max() == 0
+
     def test_is_built_where_it_is_told(self):
         block = VANBlock(4, device="meta", dtype=torch.float64)
         assert {(p.device.type, p.dtype) for p in block.parameters()} == {("meta", torch.float64)}

@@ -170,7 +170,7 @@ class _Gate(nn.Module):
         self.stride, self.padding, self.groups = (1,) * self.ndim, "same", 1
 
 
-def _normal(conv: Any) -> None:
+def init_fan_out(conv: Any) -> None:
     """Variance 2 / fan-out, zero bias."""
     fan_out = conv.weight[0, 0].numel() * conv.out_channels // conv.groups
     nn.init.normal_(conv.weight, 0.0, (2 / fan_out) ** 0.5)
@@ -253,7 +253,7 @@ class LKA(_Gate):
     def reset_parameters(self) -> None:
         """Normal weights of variance 2 / fan-out, zero biases."""
         for layer in (self.conv0, self.conv_spatial, self.conv1):
-            _normal(layer)
+            init_fan_out(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x``."""
@@ -350,9 +350,9 @@ class LKAttention(_Gate):
 
     def reset_parameters(self) -> None:
         """Normal weights of variance 2 / fan-out, zero biases."""
-        _normal(self.proj_1)
+        init_fan_out(self.proj_1)
         self.spatial_gating_unit.reset_parameters()
-        _normal(self.proj_2)
+        init_fan_out(self.proj_2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend and add."""

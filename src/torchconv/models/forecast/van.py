@@ -20,7 +20,7 @@ from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.models._drop_path import DropPath
 from torchconv.ops.plain import DepthwiseConv2d
-from torchconv.ops.puyun import LKAttention2d
+from torchconv.ops.puyun import LKAttention2d, init_fan_out
 
 
 class DWConv(nn.Module):
@@ -50,6 +50,12 @@ class ConvMlp(nn.Module):
         self.dwconv = DWConv(hidden, **options)
         self.fc2 = nn.Conv2d(hidden, dim, 1, **options)
         self.drop = nn.Dropout(drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of variance 2 / fan-out, zero biases."""
+        for layer in (self.fc1, self.dwconv.dwconv, self.fc2):
+            init_fan_out(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the four."""
