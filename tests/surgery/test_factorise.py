@@ -143,7 +143,7 @@ def test_a_weight_that_another_module_reads_is_left() -> None:
 def test_a_layer_without_finite_values_is_kept() -> None:
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
     nn.init.constant_(net[0].weight, torch.nan)
-    new = factorise(net, rank=1)
+    new = factorise(net, rank=1, where="all")
     assert "not finite" in new.factorise_report.kept["0"]
     assert [row.path for row in new.factorise_report.layers] == ["1"]
 
