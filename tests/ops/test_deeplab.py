@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.parity.core import read_case, run_case
 from torchconv.models.segment.deeplab import DeepLabResNet, DeepLabVGG, MultiScale, convert_vgg
 from torchconv.ops.deeplab import ASPP1d, ASPP2d, ASPP3d, ASPPHead, aspp, atrous_conv
 
@@ -97,14 +101,33 @@ def test_merge(ndim, kernel):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"rates=\(\)"):
         ASPP2d(3, rates=())
-    with pytest.raises(ValueError, match="rates"):
-        ASPPHead(3, 2, rates=(0,))
+    for rates in ((0,), 6, (True,), (2.0,)):
+        with pytest.raises(ValueError, match="rates"):
+            ASPPHead(3, 2, rates=rates)
+    with pytest.raises(ValueError, match="x of shape"):
+        atrous_conv(noise(1, 3, 4), noise(3, 3, 3, 3))
     with pytest.raises(ValueError, match="padding"):
         ASPP2d(3, padding="valid")
     with pytest.raises(ValueError, match="rates"):
         aspp(noise(1, 1, 4), [noise(1, 1, 3)], [None], [1, 2])
     with pytest.raises(ValueError, match="dropout"):
         ASPPHead(3, 2, dropout=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("v2_resnet_aspp", ("n_classes", "n_blocks", "rates", "base", "msc_scales")),
+        ("v2_resnet_msc", ("msc_scales",)),
+        ("v2_vgg16_aspp", ("n_classes", "branches", "rates", "channel_divisor", "output_stride")),
+    ],
+)
+def test_parity_reads_what_the_config_leaves_out(name, left_out):
+    """Sizes are those of the parameters where a case does not say them."""
+    case = read_case(Path(__file__).parents[1] / "golden" / "deeplab" / f"{name}.safetensors")
+    assert set(left_out) <= set(case.config)
+    config = {k: v for k, v in case.config.items() if k not in left_out}
+    assert all(t.passed for t in run_case(replace(case, config=config)))
 
 
 class TestNetworks:
@@ -154,8 +177,19 @@ class TestNetworks:
         first, half, _, fused = MultiScale(net).logits(x)
         assert half.shape[2:] == (3, 4)
         assert torch.all(fused >= first)
-        with pytest.raises(ValueError, match="scales"):
-            MultiScale(net, (0.0,))
+        for scales in ((0.0,), 0.5):
+            with pytest.raises(ValueError, match="scales"):
+                MultiScale(net, scales)
+
+    def test_bad_arguments(self):
+        for build in (DeepLabResNet, DeepLabVGG):
+            with pytest.raises(ValueError, match="in_chans=0"):
+                build(in_chans=0)
+        with pytest.raises(ValueError, match="blocks=3"):
+            DeepLabResNet(2, 3)
+        for net in (DeepLabResNet(3, (1, 1, 1, 1), base=2), DeepLabVGG(3, divisor=64)):
+            with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
+                net(torch.zeros(1, 4, 33, 33))
 
     @pytest.mark.parametrize(
         ("official", "ours"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchconv
+from tests.parity.core import read_case, run_case
 from torchconv.models.restore.espcn import ESPCN, convert_state, parameter_names
 from torchconv.ops.espcn import (
     SubpixelConv1d,
@@ -164,10 +167,30 @@ def test_bad_arguments(options, named):
         SubpixelConv2d(4, 2, **options)
     with pytest.raises(ValueError, match="upscale_factor=3"):
         pixel_shuffle(torch.zeros(1, 4, 2, 2), 3)
+    with pytest.raises(ValueError, match="z of shape"):
+        pixel_shuffle(torch.zeros(4, 4), 2)
+    with pytest.raises(ValueError, match="must divide 5 output channels"):
+        icnr_(torch.zeros(5, 2, 3, 3), 2, nn.init.zeros_)
     with pytest.raises(ValueError, match="downscale_factor=2"):
         pixel_unshuffle(torch.zeros(1, 4, 3, 2), 2)
     with pytest.raises(ValueError, match=r"1, 3, 2, 2"):
         SubpixelConv2d(4, 2)(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("rgb_x2_c8", ("in_channels", "out_channels", "channels", "upscale_factor")),
+        ("y_x3", ("num_channels", "scale_factor")),
+        ("subpixel_equals_transposed_k3_r3", ("scale", "kernel")),
+    ],
+)
+def test_parity_reads_what_the_config_leaves_out(name, left_out):
+    """Sizes are those of the parameters where a case does not say them."""
+    case = read_case(Path(__file__).parents[1] / "golden" / "espcn" / f"{name}.safetensors")
+    assert set(left_out) <= set(case.config)
+    config = {k: v for k, v in case.config.items() if k not in left_out}
+    assert all(t.passed for t in run_case(replace(case, config=config)))
 
 
 class TestNetwork:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.parity.core import read_case, run_case
 from torchconv.models.generate.guidance import attention_scale, classifier_free_guidance, noise_damped_guidance
 from torchconv.models.generate.unet import SmallUNet
 from torchconv.ops.scalecrafter import ReDilatedConv1d, ReDilatedConv2d, ReDilatedConv3d, redilate_conv, step_factor
@@ -117,6 +120,12 @@ def test_merge_is_for_integer_factors():
 def test_refusals():
     with pytest.raises(ValueError, match=r"factor=0\.5"):
         redilate_conv(torch.zeros(1, 1, 4), torch.zeros(1, 1, 3), factor=0.5)
+    with pytest.raises(ValueError, match="x of shape"):
+        redilate_conv(torch.zeros(1, 1, 4), torch.zeros(1, 1, 3, 3))
+    with pytest.raises(ValueError, match="leaves nothing"):
+        redilate_conv(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), stride=4, rounding="floor")
+    with pytest.raises(ValueError, match="weight of shape"):
+        disperse_kernel(torch.zeros(3, 3), dispersion_matrix())
     with pytest.raises(ValueError, match="rounding='up'"):
         ReDilatedConv2d(3, rounding="up")
     with pytest.raises(ValueError, match="padding="):
@@ -192,6 +201,18 @@ def test_properties_of_the_dispersion_matrix():
     kept = dispersion_matrix(preserve_sum=True)
     torch.testing.assert_close(kept.sum(0), torch.ones(9, dtype=torch.float64))
     torch.testing.assert_close(kept - matrix, (kept - matrix).mean(0, keepdim=True).expand(25, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("redilate_f2.5", ("in_channels", "out_channels", "kernel_size", "stride", "padding", "mode"))],
+)
+def test_parity_reads_what_the_config_leaves_out(name, left_out):
+    """Sizes are those of the parameters where a case does not say them."""
+    case = read_case(Path(__file__).parents[1] / "golden" / "scalecrafter" / f"{name}.safetensors")
+    assert set(left_out) <= set(case.config)
+    config = {k: v for k, v in case.config.items() if k not in left_out}
+    assert all(t.passed for t in run_case(replace(case, config=config)))
 
 
 @pytest.mark.parametrize("ndim", [1, 3])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.parity.core import read_case, run_case
 from torchconv.models.classify.shallow import ResidualClassifier
 from torchconv.ops.shallow import (
     ACTIVATIONS,
@@ -202,6 +205,22 @@ def test_bad_arguments(options, named):
         block(**options)
     with pytest.raises(ValueError, match="order=None"):
         block(order=None).merge()
+    with pytest.raises(ValueError, match="order=None"):
+        block().terms(noise(1, 3, 4, 4), None)
+    with pytest.raises(ValueError, match="biases="):
+        residual_stack(noise(1, 1, 4), [noise(1, 1, 1)] * 2, [None])
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("sigmoid_k1", ("n_layers", "channels", "kernel_size", "bias")), ("linear_expansion", ("bias", "n_layers"))],
+)
+def test_parity_reads_what_the_config_leaves_out(name, left_out):
+    """Sizes are those of the parameters where a case does not say them."""
+    case = read_case(Path(__file__).parents[1] / "golden" / "shallow" / f"{name}.safetensors")
+    assert set(left_out) <= set(case.config)
+    config = {k: v for k, v in case.config.items() if k not in left_out}
+    assert all(t.passed for t in run_case(replace(case, config=config)))
 
 
 class TestNetwork:
@@ -215,6 +234,10 @@ class TestNetwork:
         x = torch.randn(2, 1, 8, 7)
         assert deep(x).shape == shallow(x).shape == (2, 10)
         torch.testing.assert_close(shallow.merge()(x), shallow.eval()(x))
+
+    def test_twin_keeps_an_oblong_kernel(self):
+        deep = ResidualClassifier(3, width=4, n_layers=2, kernel_size=(3, 5))
+        assert deep.with_layout("parallel").stack.kernel_size == (3, 5)
 
     def test_heads(self):
         net = ResidualClassifier(4, 3, 5, 2, layout="parallel", img_size=6)

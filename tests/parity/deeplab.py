@@ -5,22 +5,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
-from torchconv.models.segment.deeplab import DeepLabResNet, DeepLabVGG, MultiScale, convert_vgg
+from torchconv.models.segment.deeplab import RATES, DeepLabResNet, DeepLabVGG, MultiScale, convert_vgg
 
 
 def resnet(case: Case) -> Adapted:
     config = case.config
+    prefixed = any(n.startswith("base.") for n in case.state)
+    # What the config leaves out is as the parameters have it.
+    state = {n.removeprefix("base."): t for n, t in case.state.items()}
+    blocks = [sum(n.startswith(f"layer{i}.") and n.endswith(".reduce.conv.weight") for n in state) for i in range(2, 6)]
     module: nn.Module = DeepLabResNet(
-        config.get("n_classes", 21),
-        config.get("n_blocks", (3, 4, 23, 3)),
-        config.get("rates", (6, 12, 18, 24)),
-        config.get("base", 64),
+        config.get("n_classes", len(state["aspp.c0.bias"])),
+        config.get("n_blocks", blocks),
+        config.get("rates", RATES),
+        config.get("base", len(state["layer1.conv1.conv.weight"])),
         case.inputs["x"].shape[1],
     )
-    prefixed = any(n.startswith("base.") for n in case.state)
     scales = config.get("msc_scales")
     if scales is not None or prefixed:
-        module = MultiScale(module, scales or ())
+        module = MultiScale(module, scales or (0.5, 0.75))
     prefix = "base." if isinstance(module, MultiScale) and not prefixed else ""
     return Adapted(
         lambda inputs: {"y": module(inputs["x"])},
@@ -35,8 +38,11 @@ def vgg(case: Case) -> Adapted:
     stride = config.get("output_stride", 8)
     if stride != 8:
         raise ParityError(f"output_stride {stride}: VGG-16 is built for 8 only")
-    rates = config.get("rates", (6, 12, 18, 24)[: config.get("branches", 4)])
-    module = DeepLabVGG(config.get("n_classes", 21), rates, config.get("channel_divisor", 1), case.inputs["x"].shape[1])
+    # What the config leaves out is as the parameters have it.
+    scores = [tensor for name, tensor in case.state.items() if name.startswith("fc8") and name.endswith(".bias")]
+    rates = config.get("rates", RATES)[: config.get("branches", len(scores))]
+    divisor = config.get("channel_divisor", 64 // len(case.state["conv1_1.weight"]))
+    module = DeepLabVGG(config.get("n_classes", len(scores[0])), rates, divisor, case.inputs["x"].shape[1])
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         features = module.forward_features(inputs["x"])

@@ -32,9 +32,9 @@ def operator(case: Case) -> Adapted:
     module = _Operator(case.state)
     weight: Any = module.weight
     ndim = weight.dim() - 2
-    factor = config.get("scale", 2)
-    kernel = config.get("kernel", weight.shape[2])
     geometry = config.get("transposed") or {}
+    factor = config.get("scale", geometry.get("stride", 2))
+    kernel = config.get("kernel", weight.shape[2])
     # Padding of the transposed convolution is r·(k − 1 − p).
     padding = kernel - 1 - geometry["padding"] // factor if "padding" in geometry else kernel // 2
 
@@ -51,17 +51,21 @@ def adapt(case: Case) -> Adapted:
     if "weight" in case.state:
         return operator(case)
     lornatang = any("sub_pixel" in name for name in case.state)
-    both = config.get("num_channels", 1)
-    factor = config.get("upscale_factor", config.get("scale_factor", 3))
-    activation, final = config.get("activation", "tanh"), config.get("final")
-    final = ("clip01" if lornatang else "none") if final is None else final
+    enlarged = case.outputs["y"].shape[-1] // case.inputs["x"].shape[-1]
+    factor = config.get("upscale_factor", config.get("scale_factor", enlarged))
+    activation = config.get("activation") or "tanh"
+    final = config.get("final") or ("clip01" if lornatang else "none")
     for name, value, known in (("activation", activation, ACTIVATIONS), ("final", final, FINALS)):
         if value not in known:
             raise ParityError(f"{name} {value!r} is not one of {', '.join(known)}")
+    # What the config leaves out is as the parameters have it.
+    converted = convert_state(case.state, factor)
+    width, in_channels = converted["feature_maps.0.weight"].shape[:2]
+    out_channels = len(converted["sub_pixel.0.bias"]) // factor**2
     module = ESPCN(
-        config.get("in_channels", both),
-        config.get("out_channels", config.get("in_channels", both)),
-        config.get("channels", 64),
+        config.get("in_channels", config.get("num_channels", in_channels)),
+        config.get("out_channels", config.get("num_channels", out_channels)),
+        config.get("channels", width),
         factor,
         activation,
         final,
@@ -70,6 +74,6 @@ def adapt(case: Case) -> Adapted:
     return Adapted(
         lambda inputs: {"y": module(inputs["x"])},
         module,
-        state=lambda state: convert_state(state, factor),
+        state=lambda _: converted,
         names=lambda name: names.get(name, name),
     )

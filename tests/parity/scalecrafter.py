@@ -33,22 +33,24 @@ def _matrix(name: str) -> Tensor:
 
 
 def _conv(case: Case) -> Adapted:
-    config = case.config
+    # What the config leaves out is as the input and the parameters have it.
+    config, weight, channels = case.config, case.state["weight"], case.inputs["x"].shape[1]
+    kernel = tuple(weight.shape[2:])
     conv = nn.Conv2d(
-        config["in_channels"],
-        config["out_channels"],
-        config.get("kernel_size", 3),
+        config.get("in_channels", channels),
+        config.get("out_channels", len(weight)),
+        config.get("kernel_size", kernel),
         config.get("stride", 1),
-        config.get("padding", 0),
+        config.get("padding", [k // 2 for k in kernel]),
         config.get("dilation", 1),
-        config.get("groups", 1),
+        config.get("groups", channels // weight.shape[1]),
         "bias" in case.state,
     )
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         x, mode = inputs["x"], _MODES[config.get("mode", "bilinear")]
         # The published form overwrites the convolution's own dilation.
-        options = {"stride": conv.stride, "groups": conv.groups, "mode": mode, "rounding": "floor"}
+        options: dict[str, Any] = {"stride": conv.stride, "groups": conv.groups, "mode": mode, "rounding": "floor"}
         return {"y": redilate_conv(x, conv.weight, conv.bias, config["factor"], **options), "y_inactive": conv(x)}
 
     return Adapted(forward, conv)

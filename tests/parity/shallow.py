@@ -21,12 +21,15 @@ class Both(nn.Module):
         ndim = x.dim() - 2
         if ndim not in KINDS:
             raise ParityError(f"x of shape {tuple(x.shape)}: expected one to three spatial axes")
+        # What the config leaves out is as the parameters have it.
+        weights = [tensor for name, tensor in case.state.items() if name.endswith(".weight")]
+        biased = any(name.endswith(".bias") for name in case.state)
         for layout, order in LAYOUTS.items():
             block: ParallelResidual = KINDS[ndim](
                 config.get("channels", x.shape[1]),
-                kernel_size=config.get("kernel_size", 3),
-                bias=config.get("bias", True),
-                n_layers=config.get("n_layers", 4),
+                kernel_size=config.get("kernel_size", tuple(weights[0].shape[2:])),
+                bias=config.get("bias", biased),
+                n_layers=config.get("n_layers", len(weights)),
                 activation=config.get("activation", "relu"),
                 order=order,
             )

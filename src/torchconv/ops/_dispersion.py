@@ -99,7 +99,7 @@ def disperse_kernel(weight: Tensor, matrix: Tensor) -> Tensor:
         → (out, in/groups, k', …), in the weight's type.
 
     Raises:
-        ValueError: the matrix does not fit the kernel.
+        ValueError: no kernel, or a matrix that does not fit it.
 
     Example:
         >>> centre = torch.eye(9)[4].reshape(1, 1, 3, 3)
@@ -108,6 +108,8 @@ def disperse_kernel(weight: Tensor, matrix: Tensor) -> Tensor:
 
     Reference: arXiv 2310.07702, section 3.3.
     """
+    if weight.dim() < 3:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected (out, in/groups, k, …)")
     ndim = weight.dim() - 2
     side = round(matrix.shape[0] ** (1 / ndim))
     if matrix.dim() != 2 or side**ndim != matrix.shape[0] or matrix.shape[1] != weight[0, 0].numel():

@@ -63,10 +63,20 @@ def atrous_conv(
 
     Reference: arXiv 1606.00915, equation (1).
     """
+    if x.dim() != weight.dim():
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected as many axes as the kernel {tuple(weight.shape)} has")
     rates = ntuple("rate", rate, weight.dim() - 2)
     if not torch.compiler.is_exporting():  # whose sizes may be left open
         weight = _reached(x, weight, rates)
     return conv_nd(x, weight, bias, stride, "same", rates, groups)
+
+
+def _checked(rates: Sequence[int]) -> tuple[int, ...]:
+    """The rates of a pyramid's branches."""
+    several = isinstance(rates, Sequence) and len(rates) >= 1
+    ok = several and all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in rates)
+    check(ok, "rates", rates, "needs at least one integer >= 1, a branch for each")
+    return tuple(rates)
 
 
 def _reached(x: Tensor, weight: Tensor, rates: tuple[int, ...]) -> Tensor:
@@ -171,14 +181,12 @@ class ASPP(nn.Module):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         check_channels(in_channels, out_channels, groups)
-        ok = len(rates) >= 1 and all(isinstance(r, int) and r >= 1 for r in rates)
-        check(ok, "rates", rates, "needs at least one integer >= 1, a branch for each")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = ntuple("kernel_size", kernel_size, self.ndim)
         self.stride = ntuple("stride", stride, self.ndim)
         self.dilation = ntuple("dilation", dilation, self.ndim)
         check_same(padding, self.kernel_size, "the atrous pyramid", self.dilation)
-        self.padding, self.rates = "same", tuple(rates)
+        self.padding, self.rates = "same", _checked(rates)
         options: dict[str, Any] = {"groups": groups, "bias": bias, "device": device, "dtype": dtype}
         for number, rate in enumerate(self._rates()):
             conv = CONV[self.ndim](in_channels, out_channels, self.kernel_size, dilation=rate, **options)
@@ -298,11 +306,9 @@ class ASPPHead(nn.Module):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("hidden", hidden)):
             check_positive(name, value)
-        ok = len(rates) >= 1 and all(isinstance(r, int) and r >= 1 for r in rates)
-        check(ok, "rates", rates, "needs at least one integer >= 1, a branch for each")
         check(0 <= dropout <= 1, "dropout", dropout, "is a probability")
         kernel: Any = ntuple("kernel_size", kernel_size, 2)
-        self.in_channels, self.rates, self.dropout = in_channels, tuple(rates), dropout
+        self.in_channels, self.rates, self.dropout = in_channels, _checked(rates), dropout
         for number, rate in enumerate(self.rates, 1):
             self.add_module(f"fc6_{number}", nn.Conv2d(in_channels, hidden, kernel, dilation=rate))
             self.add_module(f"fc7_{number}", nn.Conv2d(hidden, hidden, 1))

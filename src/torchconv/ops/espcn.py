@@ -17,7 +17,7 @@ convolution with k·r taps an axis to which it is equal. Layers before it cost r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +47,13 @@ def _factors(upscale_factor: Size, ndim: int) -> tuple[int, ...]:
     return ntuple("upscale_factor", upscale_factor, ndim)
 
 
+def _axes(name: str, x: Tensor) -> int:
+    """Number of spatial axes, at least one."""
+    if x.dim() < 3:
+        raise ValueError(f"{name} of shape {tuple(x.shape)}: expected (N, C, L), (N, C, H, W) or (N, C, D, H, W)")
+    return x.dim() - 2
+
+
 def pixel_shuffle(z: Tensor, upscale_factor: Size) -> Tensor:
     """Channels into positions: y[c, r·i + u] = z[c·r^n + u, i], in one to three dimensions.
 
@@ -64,7 +71,7 @@ def pixel_shuffle(z: Tensor, upscale_factor: Size) -> Tensor:
         >>> pixel_shuffle(torch.tensor([[[1.0, 2.0], [10.0, 20.0]]]), 2)
         tensor([[[ 1., 10.,  2., 20.]]])
     """
-    ndim = z.dim() - 2
+    ndim = _axes("z", z)
     factors = _factors(upscale_factor, ndim)
     check(z.shape[1] % math.prod(factors) == 0, "upscale_factor", upscale_factor, f"must divide {z.shape[1]} channels")
     if ndim == 2 and factors[0] == factors[1]:
@@ -83,7 +90,7 @@ def pixel_unshuffle(y: Tensor, downscale_factor: Size) -> Tensor:
         tensor([[[ 1.,  2.],
                  [10., 20.]]])
     """
-    ndim = y.dim() - 2
+    ndim = _axes("y", y)
     factors = ntuple("downscale_factor", downscale_factor, ndim)
     sizes = tuple(y.shape[2:])
     fits = all(n % r == 0 for n, r in zip(sizes, factors, strict=True))
@@ -186,19 +193,20 @@ def _block(weight: Tensor, upscale_factor: Size) -> int:
     """Channels of a block; an int stands for as many axes as the kernel has (two for a bias)."""
     axes = weight.dim() - 2 if weight.dim() > 2 else 2
     factors = _factors(upscale_factor, axes if isinstance(upscale_factor, int) else len(upscale_factor))
-    check(weight.shape[0] % math.prod(factors) == 0, "upscale_factor", upscale_factor, f"must divide {weight.shape[0]}")
+    rows = weight.shape[0]
+    check(rows % math.prod(factors) == 0, "upscale_factor", upscale_factor, f"must divide {rows} output channels")
     return math.prod(factors)
 
 
 @torch.no_grad()
-def icnr_(tensor: Tensor, upscale_factor: Sequence[int], init: Callable[[Tensor], Any]) -> Tensor:
+def icnr_(tensor: Tensor, upscale_factor: Size, init: Callable[[Tensor], Any]) -> Tensor:
     """Start a sub-pixel convolution as a convolution followed by nearest-neighbour upscaling, without checkerboards.
 
     One kernel (or bias) is drawn for each output channel and copied to its Π r positions.
 
     Args:
         tensor: weight (C_out·Π r, …) or bias (C_out·Π r,), overwritten.
-        upscale_factor: r ≥ 1 for each axis.
+        upscale_factor: r ≥ 1 for each axis; an int stands for as many axes as a kernel has (two for a bias).
         init: fills a tensor in place.
 
     Returns:
@@ -211,7 +219,7 @@ def icnr_(tensor: Tensor, upscale_factor: Sequence[int], init: Callable[[Tensor]
 
     Reference: arXiv 1707.02937.
     """
-    block = math.prod(upscale_factor)
+    block = _block(tensor, upscale_factor)
     base = torch.empty_like(tensor[::block])
     init(base)
     return tensor.copy_(base.repeat_interleave(block, 0))

@@ -106,6 +106,8 @@ def redilate_conv(
     check_factor(factor)
     check_choice("mode", mode, _MODES)
     check_choice("rounding", rounding, ROUNDING)
+    if x.dim() != weight.dim():
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected as many axes as the kernel {tuple(weight.shape)} has")
     ndim = x.dim() - 2
     strides, dilations = ntuple("stride", stride, ndim), ntuple("dilation", dilation, ndim)
     spread = math.ceil(factor)
@@ -113,6 +115,9 @@ def redilate_conv(
     lengths = list(x.shape[2:])
     up = rounding == "ceil"
     size = [-(-n // s) if up else n // s for n, s in zip(lengths, strides, strict=True)]
+    check(
+        0 not in size, "stride", stride, f"leaves nothing of a map of size {tuple(lengths)} with rounding={rounding!r}"
+    )
     taps = [spread * d for d in dilations]
     pads = [d * ((k - 1) // 2) for d, k in zip(taps, weight.shape[2:], strict=True)]
     if scale != 1:

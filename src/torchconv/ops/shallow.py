@@ -99,6 +99,7 @@ def expansion_terms(
     Reference: arXiv 2309.08414.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    check(order is not None, "order", order, "the whole stack has no list of terms; give its number of layers")
     check_order(order, len(weights), activation)
     act, slope = _FUNCTIONS[activation], _SLOPES[activation]
     terms: list[Tensor | None] = [x, *[None] * order]
@@ -119,6 +120,8 @@ def _plus(total: Tensor | None, term: Tensor) -> Tensor:
 
 
 def _biases(biases: Sequence[Tensor | None] | None, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    ok = biases is None or len(biases) == len(weights)
+    check(ok, "biases", biases, f"give one (or None) for each of the {len(weights)} layers")
     return [None] * len(weights) if biases is None else biases
 
 

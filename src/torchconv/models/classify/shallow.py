@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchconv._common import check, check_choice, check_positive
+from torchconv._common import Size, check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.models._backbone import Backbone
 from torchconv.models._registry import register_model
@@ -65,7 +65,7 @@ class ResidualClassifier(Backbone):
         in_chans: int = 1,
         width: int = 16,
         n_layers: int = 8,
-        kernel_size: int = 3,
+        kernel_size: Size = 3,
         layout: str = "sequential",
         activation: str = "relu",
         embed_size: int = 1,
@@ -75,6 +75,7 @@ class ResidualClassifier(Backbone):
         super().__init__()
         check_positive("num_classes", num_classes, zero=True)
         check_positive("in_chans", in_chans)
+        check_positive("width", width)
         check_positive("embed_size", embed_size)
         check_choice("layout", layout, LAYOUTS)
         check_choice("global_pool", global_pool, ("avg", "max", "avgmax"))
@@ -113,7 +114,7 @@ class ResidualClassifier(Backbone):
             self.in_chans,
             stack.in_channels,
             stack.n_layers,
-            stack.kernel_size[0],
+            stack.kernel_size,
             layout,
             stack.activation,
             self.embed.kernel_size[0],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.models._registry import register_model
+from torchconv.ops._common import check_input
 from torchconv.ops.deeplab import ASPP2d, ASPPHead
 
 RATES = (6, 12, 18, 24)
@@ -114,9 +115,11 @@ class DeepLabResNet(nn.Module):
         super().__init__()
         check_positive("num_classes", num_classes)
         check_positive("base", base)
-        ok = len(blocks) == len(_STAGES) and all(isinstance(n, int) and n >= 1 for n in blocks)
+        check_positive("in_chans", in_chans)
+        several = isinstance(blocks, Sequence) and len(blocks) == len(_STAGES)
+        ok = several and all(isinstance(n, int) and n >= 1 for n in blocks)
         check(ok, "blocks", blocks, "needs a number of blocks >= 1 for each of the four stages")
-        self.num_classes, self.freeze_bn = num_classes, freeze_bn
+        self.num_classes, self.in_chans, self.freeze_bn = num_classes, in_chans, freeze_bn
         self.layer1 = Stem(in_chans, base)
         channels = base
         for number, (count, (stride, dilation)) in enumerate(zip(blocks, _STAGES, strict=True)):
@@ -141,6 +144,7 @@ class DeepLabResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits at stride 8."""
+        check_input(x, self.in_chans, 2)
         x = self.layer1(x)
         for number in range(len(_STAGES)):
             x = self.get_submodule(f"layer{number + 2}")(x)
@@ -195,8 +199,9 @@ class DeepLabVGG(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("num_classes", num_classes)
+        check_positive("in_chans", in_chans)
         check(isinstance(divisor, int) and 1 <= divisor <= 64, "divisor", divisor, "leaves channels for 1 to 64")
-        self.num_classes = num_classes
+        self.num_classes, self.in_chans = num_classes, in_chans
         channels = in_chans
         for stage, (width, count, dilation, _) in enumerate(self._plan, 1):
             for index in range(1, count + 1):
@@ -207,6 +212,7 @@ class DeepLabVGG(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map after the last pooling."""
+        check_input(x, self.in_chans, 2)
         for stage, (_, count, _, stride) in enumerate(self._plan, 1):
             for index in range(1, count + 1):
                 x = F.relu(self.get_submodule(f"conv{stage}_{index}")(x))
@@ -254,7 +260,8 @@ class MultiScale(nn.Module):
 
     def __init__(self, base: nn.Module, scales: Sequence[float] = (0.5, 0.75)) -> None:
         super().__init__()
-        check(all(s > 0 for s in scales), "scales", tuple(scales), "must be above 0")
+        ok = isinstance(scales, Sequence) and all(isinstance(s, int | float) and s > 0 for s in scales)
+        check(ok, "scales", scales, "give numbers above 0")
         self.base, self.scales = base, tuple(scales)
 
     def logits(self, x: Tensor) -> list[Tensor]:
