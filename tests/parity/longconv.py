@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case
+from torchconv.kernels import long_conv
 from torchconv.models.sequence.longconv import LongConvModel
+from torchconv.ops._longconv_kernel import wrapped
 from torchconv.ops.longconv import LongConvKernel, LongConvLayer, double_exponential
 from torchconv.ops.longconv_fft import (
     BlockFFT,
@@ -35,8 +37,7 @@ def adapt(case: Case) -> Adapted:
 
 def _adapt(case: Case, config: dict[str, Any]) -> Adapted:
     if "cls" in config:
-        sparse = "Sparse" in config["cls"]
-        convolve = frequency_sparse_conv if sparse else partial_conv
+        convolve = frequency_sparse_conv if "Sparse" in config["cls"] else _partial
         return Adapted(lambda i: {"y": convolve(i["x"], i["k"], config["N_partial"])})
     if "N1" in config:
         return Adapted(lambda i: _three_passes(i["u"], i["k"], config["N1"], config["N2"]))
@@ -74,6 +75,15 @@ def _start(inputs: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
     if config.get("weight_init", "random") == "double_exp":
         return draw * double_exponential(draw.shape[-2], draw.shape[-1], dtype=draw.dtype)
     return draw
+
+
+def _partial(x: Tensor, kernel: Tensor, taps: int) -> Tensor:
+    """The authors' transform of 2·L samples wraps round what is longer than the sequence."""
+    length = x.shape[-1]
+    if min(taps, kernel.shape[-1]) <= length:
+        return partial_conv(x, kernel, taps)
+    kernel, origin = wrapped(kernel[..., :taps], length, 2 * length)
+    return long_conv(x, kernel, False, origin)
 
 
 def _three_passes(u: Tensor, k: Tensor, rows: int, columns: int) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ and the imaginary part of one sequence, viewed as (N_1, N_2):
 
     A = F_1 · Z,  B = (A ∘ T) · F_2,  C = B ∘ K̂,  y = conj(F_1) · ((C · conj(F_2)) ∘ conj(T)) / N
 
-for every channel, the last two for each of its kernels. x is read once and y written once: 4·B·C·L·(1 + M) bytes in
-float32, against 24·B·N·(N_1 + N_2) FLOPs a channel. The kernel's transform K̂ is made by PyTorch beforehand.
+for every channel, the last two for each of its M kernels. x is read once and y written once: 4·B·C·L·(1 + M) bytes in
+float32, against 4·(1 + M)·B·N·(N_1 + N_2) FLOPs a channel, three times as many in float32. The kernel's transform K̂ is
+made by PyTorch beforehand.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ _RADIX = 16  # of the authors' transform, whatever matrices there are
 def partial_conv(x: Tensor, kernel: Tensor, taps: int) -> Tensor:
     """Causal convolution with the first ``taps`` of the kernel only, which bounds the memory of past samples.
 
+    Kernels longer than the sequence do not wrap round, as they do in the authors' example.
+
     Shape:
         x (B, H, L), kernel (H, K) → (B, H, L).
 
