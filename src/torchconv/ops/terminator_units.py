@@ -42,6 +42,8 @@ def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
         >>> standardise(torch.tensor([[[1.0, 3.0]]]))
         tensor([[[-1.0000,  1.0000]]])
     """
+    if x.numel() == 0:
+        return x
     values = wide(x)
     variance, mean = torch.var_mean(values, tuple(range(2, x.dim())), correction=0, keepdim=True)
     return ((values - mean) * torch.rsqrt(variance + eps)).to(x.dtype)
