@@ -381,6 +381,7 @@ def test_convolution_from_a_convolution():
         (lambda: SNNKLinear.from_linear(nn.Conv1d(6, 5, 1)), "linear=Conv1d"),
         (lambda: ReLUFeatures(6, 8, normalize=0.0), r"normalize=0\.0"),
         (lambda: fit_closed_form(torch.ones(5, 2), torch.ones(4, 1)), r"targets of shape \(4, 1\)"),
+        (lambda: fit_closed_form(torch.full((5, 2), torch.inf), torch.ones(5, 1)), r"features=\(5, 2\)"),
         (lambda: SNNKConv2d.from_conv(nn.Conv1d(4, 4, 1)), "conv=Conv1d"),
         (lambda: SNNKLinear(6, 5, ReLUFeatures(4, 8)), "takes 4 inputs"),
         (lambda: ReLUFeatures(6, 8, order=3), "order=3"),

@@ -101,7 +101,10 @@ def test_refusals() -> None:
     shared = nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 6), act)
     watched = mlp()
     watched[0].register_forward_hook(lambda module, args, out: None)
+    broken = mlp()
+    nn.init.constant_(broken[0].weight, torch.nan)
     for model, message in [
+        (broken, "not finite"),
         (nn.Sequential(Uses()), "read from elsewhere"),
         (shared, "more than once"),
         (watched, "hook of 0"),

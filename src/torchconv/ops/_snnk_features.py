@@ -218,7 +218,7 @@ def fit_closed_form(features: Tensor, targets: Tensor, ridge: float = 0.0) -> Te
         ridge: λ ≥ 0.
 
     Raises:
-        ValueError: ``ridge`` is negative, or there is not one target for each vector of features.
+        ValueError: ``ridge`` is negative, a value is not finite, or there is not a target for each vector of features.
 
     Example:
         >>> fit_closed_form(torch.eye(2), torch.tensor([[1.0], [2.0]]))
@@ -231,6 +231,8 @@ def fit_closed_form(features: Tensor, targets: Tensor, ridge: float = 0.0) -> Te
         expected = f"({', '.join(map(str, (*features.shape[:-1], 'o')))})"
         raise ValueError(f"targets of shape {tuple(targets.shape)}: expected {expected}, a row for each of features")
     phi, y = features.flatten(0, -2).double(), targets.flatten(0, -2).double()
+    for name, t in (("features", phi), ("targets", y)):
+        check(bool(t.isfinite().all()), name, tuple(t.shape), "hold values that are not finite")
     if ridge == 0:
         solution = torch.linalg.pinv(phi) @ y
     else:
@@ -353,16 +355,15 @@ class URFeatures(nn.Module):
         check_positive("num_features", num_features)
         check_choice("f", f, FUNCTIONS)
         check(variance > -0.25, "variance", variance, "must be above -0.25, where the features have a mean")
-        given = (frequency is None, coefficient is None)
-        check(given[0] == given[1], "frequency", frequency, "give frequency and coefficient together")
+        paired = (frequency is None) == (coefficient is None)
+        check(paired, "frequency", frequency, "give frequency and coefficient together")
         self.in_features, self.num_features, self.f, self.variance = in_features, num_features, f, variance
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = gaussian_rows(num_features, in_features, orthogonal, **options)
         phase = torch.full((num_features,), -math.pi / 2 if f == "sin" else 0.0, **options)
         amplitude = torch.ones(num_features, **options)
         if frequency is None or coefficient is None:
-            gaussian = f == "gaussian"
-            frequency = torch.randn(num_features, **options) if gaussian else torch.ones(num_features, **options)
+            frequency = (torch.randn if f == "gaussian" else torch.ones)(num_features, **options)
         else:
             for name, tensor in (("frequency", frequency), ("coefficient", coefficient)):
                 check(tensor.shape == (num_features,), name, tuple(tensor.shape), f"expected ({num_features},)")

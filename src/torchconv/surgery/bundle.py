@@ -267,6 +267,8 @@ def _check(model: nn.Module, chain: list[_Call], calls: list[_Call], example: An
         first, last = module is modules[0], module is modules[-1]
         if (not last and has_hooks(module)) or (not first and has_hooks(module, before=True)):
             raise ValueError(f"a hook of {call.path} watches what will not be computed any more")
+    if not all(bool(t.isfinite().all()) for t in (chain[0].value, chain[-1].y)):
+        raise ValueError("what it gets or gives on the example is not finite")
     whole = nn.Sequential(*modules)
     places = [whole, *(nn.Identity() for _ in modules[1:])]
     for module, place in reversed(list(zip(modules, places, strict=True))):
