@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -46,7 +47,7 @@ def _adapt(case: Case, config: dict[str, Any]) -> Adapted:
     if "kernel_init" in case.outputs:
         return Adapted(lambda i: {"kernel_init": _start(i, config)})
     if "kernel" in case.outputs:
-        kernel = LongConvKernel(**{"lam": 0.1, **config})
+        kernel = LongConvKernel(**{"lam": 0.1, **_known(config, LongConvKernel)})
         return Adapted(lambda i: {"kernel": kernel()}, kernel)
     module = _module(config, case.source.rsplit(":", 1)[-1].strip())
     duplicates = lambda n: ".dft_matrices." in n or n.endswith("num_batches_tracked")  # noqa: E731
@@ -58,11 +59,18 @@ def _module(config: dict[str, Any], source: str) -> nn.Module:
         return LongConvModel(**{"kernel_lam": 0.1, **config})
     if source == "H3Conv" or "head_dim" in config:
         config.pop("dropout", None)  # taken and not used
-        return H3Conv(**{"lam": 0.1, **config}, wrap=True)
+        return H3Conv(**{"lam": 0.1, **_known(config, H3Conv, LongConvKernel)}, wrap=True)
     if "H" in config:
         return StandaloneLongConv(**{"kernel_lam": 0.1, **config})
     block = {k: v for k, v in (config.pop("block_fft_conv_args", None) or {}).items() if k not in _IDLE}
-    return LongConvLayer(**{"lam": 0.1, **config, "block_fft_conv_args": block}, wrap=True)
+    known = _known(config, LongConvLayer, LongConvKernel)
+    return LongConvLayer(**{"lam": 0.1, **known, "block_fft_conv_args": block}, wrap=True)
+
+
+def _known(config: dict[str, Any], *classes: type) -> dict[str, Any]:
+    """The authors' kernel takes any other argument, and does nothing with it."""
+    names = {name for c in classes for name in inspect.signature(c).parameters}
+    return {k: v for k, v in config.items() if k in names}
 
 
 def _ordered(inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor
 
 from tests.parity.core import Adapted, Case
 from torchconv.ops.sgconv import SGConvLayer
 
-# Arguments that do nothing in the authors' layer, or say how fast to train.
-_IDLE = {"lr", "verbose", "shift", "d_state", "hyper_act"}
-
 
 def adapt(case: Case) -> Adapted:
-    """The config holds the constructor's arguments."""
-    module = SGConvLayer(**{k: v for k, v in case.config.items() if k not in _IDLE})
+    """The config holds the constructor's arguments, and perhaps others that do nothing in the authors' layer."""
+    names = inspect.signature(SGConvLayer).parameters
+    module = SGConvLayer(**{k: v for k, v in case.config.items() if k in names})
 
     def kernel(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         axis = -1 if module.transposed else -2
