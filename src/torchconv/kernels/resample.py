@@ -4,11 +4,12 @@ y[n, c, p] = Σ_t K[n, c, t, p] · x[n, c, s·p + o + t],  o = ⌊(s − k)/2⌋
 
 Cost: k^d · N · C · positions multiply-adds; bounded by reading the kernels once. With g the gradient of y:
 
-- kernel: ∂K[n, c, t, p] = g[n, c, p] · x[n, c, s·p + o + t], summed over c where the colours share a kernel;
+- kernel, before it is divided by the sum over the taps: g[n, c, p] · (x[n, c, s·p + o + t] − y[n, c, p]) over that sum,
+  summed over c where the colours share a kernel; so that no tap has to wait for the others;
 - x: the transpose of y, ∂x[n, c, s·p + o + t] += K[n, c, t, p] · g[n, c, p].
 
 The map is split once into its s^d phases, so that every tap is a shifted multiply-add of contiguous rows, and the work
-goes block by block through the cache: kernels are normalised within a block, forward and again backward, and nothing
+goes block by block through the cache: kernels are normalised tap by tap, forward and again backward, and nothing
 of the size of the kernels is kept besides the kernels themselves and their gradient. On a GPU Triton kernels do the
 same without the phases (``_resample_triton.py``).
 """
@@ -16,6 +17,7 @@ same without the phases (``_resample_triton.py``).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from torchconv.kernels._triton_probe import trustworthy
 NORMALISATIONS = ("softmax", "sum", "none")
 LEAST_WEIGHT = 1e-6  # of the "sum" normalisation, as in arXiv 1907.12904
 _HALF = (torch.float16, torch.bfloat16)
+_LOG2E = math.log2(math.e)
 _Index = tuple[Any, ...]
 _BLOCK = 1 << 15  # elements of a tap in a block: fits the cache, and long enough to hide the cost of a call
 
@@ -62,7 +65,7 @@ def normalise_kernels(kernels: Tensor, normalisation: str = "softmax") -> Tensor
 def _share(tap: Tensor, top: Tensor | None, normalisation: str) -> Tensor:
     """The kernel of one tap, before it is divided by the sum over the taps."""
     if top is not None:
-        return (tap - top).exp_()
+        return (tap - top).mul_(_LOG2E).exp2_()  # on a CPU a third of the time of exp
     return tap.clamp(LEAST_WEIGHT, 1.0) if normalisation == "sum" else tap
 
 
