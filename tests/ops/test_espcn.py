@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,13 @@ def test_blur_is_a_mean_over_neighbours():
     torch.testing.assert_close(
         layer(x), (edge[..., 1:, 1:] + edge[..., :-1, 1:] + edge[..., 1:, :-1] + edge[..., :-1, :-1]) / 4
     )
+
+
+def test_blur_of_volumes_in_half_precision():
+    x = torch.randn(1, 2, 3, 4, 2).bfloat16()
+    layer = SubpixelConv3d(2, 1, blur=True, dtype=torch.bfloat16)
+    expected = copy.deepcopy(layer).double()(x.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0.02, atol=0.02)
 
 
 def test_depth_to_space_order():

@@ -39,8 +39,6 @@ from torchconv.ops._common import (
 )
 
 _TRANSPOSED: tuple[Any, ...] = (nn.Module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_REPLICATE: tuple[Any, ...] = (nn.Module, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
-_MEAN: tuple[Any, ...] = (nn.Module, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def _factors(upscale_factor: Size, ndim: int) -> tuple[int, ...]:
@@ -239,6 +237,17 @@ class PositionBias(nn.Module):
         return y + self.bias.repeat(repeats)
 
 
+class Blur(nn.Module):
+    """Mean over two positions an axis, the map's size kept by repeating its first."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(N, C, \\*spatial) → the same."""
+        for axis in range(2, y.dim()):
+            first, rest = y.narrow(axis, 0, 1), y.narrow(axis, 0, y.shape[axis] - 1)
+            y = y.lerp(torch.cat([first, rest], axis), 0.5)
+        return y
+
+
 class SubpixelConv(nn.Module):
     """Convolution that enlarges the map r times: Π r kernels for each output channel, interleaved.
 
@@ -300,7 +309,7 @@ class SubpixelConv(nn.Module):
         shape = (rows, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
-        self.blur = _blur(self.ndim) if blur else None
+        self.blur = Blur() if blur else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -353,7 +362,7 @@ class SubpixelConv(nn.Module):
         state = {"weight": kernel} if first is None or not plain else {"weight": kernel, "bias": first}
         conv.load_state_dict(state)
         rest: list[nn.Module] = [] if plain or table is None else [PositionBias(table)]
-        rest += [] if self.blur is None else [_blur(self.ndim)]
+        rest += [] if self.blur is None else [Blur()]
         return nn.Sequential(conv, *rest).eval() if rest else conv.eval()
 
     def extra_repr(self) -> str:
@@ -363,11 +372,6 @@ class SubpixelConv(nn.Module):
             f"upscale_factor={self.upscale_factor}, padding={self.padding!r}, dilation={self.dilation}, "
             f"groups={self.groups}, bias={self.bias is not None}"
         )
-
-
-def _blur(ndim: int) -> nn.Module:
-    """Mean over two positions an axis, the map's size kept by repeating its first."""
-    return nn.Sequential(_REPLICATE[ndim]((1, 0) * ndim), _MEAN[ndim](2, 1))
 
 
 class SubpixelConv1d(SubpixelConv):
