@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,16 @@ def test_router_takes_years_as_a_tensor_and_empty_batches():
 @pytest.mark.parametrize("kind", ["sobel", "scharr", "learnable"])
 def test_half_precision_stays_half_beside_single_precision_parameters(kind):
     assert EdgeOperator(kind)(torch.ones(1, 2, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_parity_finds_the_years_among_the_inputs():
+    from tests.parity.dfyp import _router
+
+    config = {"year_operator_map": {"2009": "scharr"}, "default_operator": "sobel"}
+    inputs = {"x": noise(2, 1, 4, 4), "years": torch.tensor([2010, 2009])}
+    case = SimpleNamespace(config=config, inputs=inputs, note="")
+    expected = OperatorRouter({2009: "scharr"}, "sobel")(inputs["x"], [2010, 2009])
+    torch.testing.assert_close(_router(case).forward(inputs)["y"], expected)
 
 
 def test_router_computes_only_what_is_needed():

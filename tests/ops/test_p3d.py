@@ -352,6 +352,7 @@ def test_parity_evaluates_the_graph_up_to_a_pooling(last, frames):
     from pathlib import Path
 
     from tests.parity.core import read_case, run_case
+    from tests.parity.p3d import adapt
 
     case = read_case(Path(__file__).parents[1] / "golden/p3d/caffe_graph_res2_res3a.safetensors")
     pooled = F.max_pool3d(case.outputs["res2c"], (2, 1, 1), ceil_mode=True)
@@ -362,6 +363,8 @@ def test_parity_evaluates_the_graph_up_to_a_pooling(last, frames):
     state = {n: case.state[n] for n in names}
     case = dataclasses.replace(case, outputs=outputs, grads={}, state=state)
     assert all(t.passed for t in run_case(case))
+    case.config["last"] = "res2a_relu"  # the state may hold more than that
+    assert set(adapt(case).forward(case.inputs)) == {"pool1", "res2a"}
 
 
 def test_refusals():

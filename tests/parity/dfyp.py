@@ -76,6 +76,8 @@ def _router(case: Case) -> Adapted:
     """Years and map stand in the config, or in the note as Python-like literals."""
     config: dict[str, Any] = case.config
     years, table, default = config.get("years"), config.get("year_operator_map"), config.get("default_operator")
+    if years is None and "years" in case.inputs:
+        years = case.inputs["years"].tolist()
     if years is None:
         found = re.search(r"years (\[[^\]]*\])", case.note)
         if found is None:

@@ -102,12 +102,16 @@ def _caffe(case: Case) -> Adapted:
             pool = "res5a_pool" if stage == 5 else f"{stage}a_pool"
             if stage > 2 and (names or last == pool):
                 x = found[pool] = net.pool(x)
+                if last == pool:
+                    return _latest_first(found)
                 x = x.transpose(1, 2).flatten(0, 1) if stage == 5 else x
             for block in names:
                 module: Any = net.get_submodule(places[block])
                 if last == f"res{block}":  # the sum before the ReLU, which Caffe applies in place
                     return _latest_first({**found, last: module.sum(x)})
                 x = found[f"res{block}"] = module(x)
+                if last == f"res{block}_relu":
+                    return _latest_first(found)
         if blocks[5]:
             found["pool5"] = x.mean((2, 3), keepdim=True)
             if heads:
