@@ -179,6 +179,15 @@ def test_channel_gate():
     torch.testing.assert_close(gate(x[..., 0]), x[..., 0] * torch.sigmoid(x[..., 0].mean(2, keepdim=True).square()))
 
 
+def test_merged_channel_gate_holds_its_kernel():
+    gate = away(HyperChannelInteract(5, 3))
+    merged = gate.merge()
+    assert list(merged.parameters()) == []
+    x = noise(2, 5, 3, 4)
+    torch.testing.assert_close(merged(x), gate(x))
+    assert list(gate.parameters())
+
+
 def test_interaction_gate():
     gate = away(HyperInteract(3, (4, 5), 3, 4))
     y, x = noise(2, 3, 4, 5), noise(2, 3, 4, 5)

@@ -8,6 +8,7 @@ G-IBS                   groups of channels standardised over the batch and over 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.ops._common import CONV, check_input, conv_nd
-from torchconv.ops._slow_net import SlowNet, axes_of, plane_at, wide
+from torchconv.ops._slow_net import SlowNet, axes_of, freeze_kernels, plane_at, wide
 
 BATCH_STATS = ("batch", "running")
 
@@ -100,6 +101,7 @@ def _spread(scores: Tensor, ndim: int) -> Tensor:
     paper="terminator",
     kind="layer",
     dims=(1, 2, 3),
+    merges="self",
     probe={"build": {"channels": 6, "hidden": 4}, "inputs": [[2, 6, 5, 4]]},
     keywords="channel gate attention hyper-kernel coordinate network",
 )
@@ -140,6 +142,12 @@ class HyperChannelInteract(nn.Module):
         _check_map(x, self.channels)
         scores = hyperzzw(self.slow_net_gc(), _means(x))
         return x * torch.sigmoid(_spread(scores, x.dim() - 2))
+
+    def merge(self) -> nn.Module:
+        """The inference form: the kernel instead of the slow net that draws it."""
+        merged = copy.deepcopy(self).eval()
+        freeze_kernels(merged)
+        return merged
 
 
 @part(
