@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchconv.data.waves import laplacian
 from torchconv.ops.apriori import FORMS, APrioriConv1d, APrioriConv2d, APrioriConv3d, dense_kernel, factorise_kernel
@@ -203,6 +204,21 @@ def test_wave_step_is_a_pair_of_one_way_filters():
     m, k = torch.tensor([1.0, 4.0, 1.0]) / 6, torch.tensor([-1.0, 2.0, -1.0])
     ranks = [int(torch.linalg.matrix_rank(a)) for a in (torch.outer(m, m), torch.outer(k, m) + torch.outer(m, k))]
     assert ranks == [1, 2]
+
+
+def test_pairs_are_multiplied_out_without_holding_their_terms():
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.found = max(self.found, out.numel())
+            return out
+
+    layer = APrioriConv2d(8, 8, 5, form="per_pair", rank=3)
+    with Largest() as largest:
+        kernel = layer.kernel()
+    assert largest.found == kernel.numel()
 
 
 def test_factors_keep_dtype_and_leave_the_random_state():

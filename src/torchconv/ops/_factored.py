@@ -110,7 +110,13 @@ def dense_kernel(factors: Factors, form: str, groups: int = 1) -> Tensor:
     """
     check_choice("form", form, FORMS)
     if form == "per_pair":
-        return _outer([factors[f"axis{j}"] for j in range(len(factors))], 3).sum(2)
+        *axes, last = [factors[f"axis{j}"] for j in range(len(factors))]
+        if not axes:
+            return last.sum(2)
+        product = _outer(axes, 3)
+        # The sum over R is a matrix product with the last axis, so that R kernels are never held.
+        flat = product.flatten(3).transpose(2, 3) @ last
+        return flat.reshape(*product.shape[:2], *product.shape[3:], last.shape[3])
     if form == "cp":
         spatial = _outer([factors[f"factor_{j}"].T for j in range(2, len(factors) - 1)], 1)
         scaled = factors["factor_0"] * factors["weights"]
