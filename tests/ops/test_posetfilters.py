@@ -243,8 +243,9 @@ def test_permutation_turns_the_filter():
     layer = PosetFilter2d(3, kernel_size=2, stride=2, poset=5, permutation=(1, 3, 0, 2)).double()
     torch.testing.assert_close(layer(x), turned)
     for build in (PosetPool, lambda **options: PosetFilter2d(3, poset=5, **options)):
-        with pytest.raises(ValueError, match="permutation="):
-            build(permutation=(0, 1, 2, 2))
+        for wrong in ((0, 1, 2, 2), 3):
+            with pytest.raises(ValueError, match="permutation="):
+                build(permutation=wrong)
 
 
 @pytest.mark.parametrize("build", [PosetFilter1d, PosetFilter2d, PosetFilter3d])

@@ -197,8 +197,8 @@ class _Window:
     def _set_poset(self, poset: PosetLike, permutation: Sequence[int] | None) -> None:
         self.poset = as_poset(poset, math.prod(self.kernel_size))
         if permutation is not None:
-            fits = sorted(permutation) == list(range(self.poset.n))
-            check(fits, "permutation", tuple(permutation), f"must be a permutation of 0 to {self.poset.n - 1}")
+            fits = isinstance(permutation, Sequence) and sorted(permutation) == list(range(self.poset.n))
+            check(fits, "permutation", permutation, f"must be a permutation of 0 to {self.poset.n - 1}")
             self.poset = self.poset.relabel(permutation)
         self.formula = self.poset.formula
 
