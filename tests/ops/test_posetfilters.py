@@ -332,6 +332,8 @@ def test_refusals():
         Poset.antichain(20).upsets()
     with pytest.raises(ValueError, match=r"formula has more than 10 steps"):
         Formula(Poset(40, [(i, i + 1) if i % 2 == 0 else (i + 1, i) for i in range(39)]), limit=10)
+    with pytest.raises(ValueError, match="362880 orders"):
+        _ = Poset.antichain(9).canonical
     with pytest.raises(ValueError, match="n=7"):
         all_posets(7)
     with pytest.raises(ValueError, match="places="):

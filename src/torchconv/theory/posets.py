@@ -11,6 +11,7 @@ Everything here follows from the relation alone; sets of points are integers who
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
@@ -217,11 +218,17 @@ class Poset:
 
     @cached_property
     def canonical(self) -> tuple[int, ...]:
-        """Equal for two posets exactly where they are isomorphic. Meant for few points (permutations are tried)."""
+        """Equal for two posets exactly where they are isomorphic. Meant for few points, as permutations are tried.
+
+        Raises:
+            ValueError: there are more than 65,536 to try: nine points that look alike, for instance.
+        """
         classes: dict[tuple[int, int], list[int]] = {}
         for i in range(self.n):
             classes.setdefault((self.above[i].bit_count(), self.below[i].bit_count()), []).append(i)
         groups = [classes[k] for k in sorted(classes)]
+        orders = math.prod(math.factorial(len(g)) for g in groups)
+        check(orders <= LIMIT, "poset", self, f"{orders} orders of alike points are too many to try; at most {LIMIT}")
         best: tuple[int, ...] | None = None
         for order in itertools.product(*(itertools.permutations(g) for g in groups)):
             flat = list(itertools.chain(*order))
