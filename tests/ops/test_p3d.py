@@ -367,6 +367,16 @@ def test_parity_evaluates_the_graph_up_to_a_pooling(last, frames):
     assert set(adapt(case).forward(case.inputs)) == {"pool1", "res2a"}
 
 
+def test_a_published_checkpoint_is_loaded_in_the_ports_dialect(tmp_path):
+    from torchconv.weights import load_official
+
+    sizes = {"layers": (1, 1, 1, 1), "width": 2}
+    net, x = P3D(**sizes, num_classes=3, dialect="port").eval(), torch.randn(1, 3, 16, 33, 32)
+    torch.save({"state_dict": {f"module.{n}": t for n, t in net.state_dict().items()}}, tmp_path / "port.pth")
+    loaded = load_official("p3d63", tmp_path / "port.pth", **sizes)
+    torch.testing.assert_close(loaded(x), net(x))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="form='D'"):
         P3DConv3d(4, form="D")

@@ -309,6 +309,11 @@ class P3D(Backbone):
         return twin
 
 
+def read_official(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The published checkpoints with these names are the port's, and so is the function that they were trained as."""
+    return {"dialect": "port"} if "conv1_custom.weight" in state else {}
+
+
 def _check_rank(x: Tensor, rank: int) -> None:
     if x.dim() != rank:
         expected = "(N, C, T, H, W)" if rank == 5 else "frames (N, C, H, W)"
