@@ -13,6 +13,8 @@ from torch import nn
 
 from torchconv.kernels import _long_forms as forms
 from torchconv.ops._sequence import SpectrumCache
+from torchconv.ops.longconv import LongConvLayer
+from torchconv.ops.longconv_layers import H3Conv, StandaloneLongConv
 from torchconv.ops.sgconv import SGConv1d, SGConvLayer, octave_count, structured_kernel
 
 
@@ -298,6 +300,33 @@ def test_operator_sees_both_sides_equally_far():
             octave_count(*arguments)
     with pytest.raises(ValueError, match="octaves="):
         structured_kernel([])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: SGConv1d(3, kernel_size=31, kernel_dim=4, decay=(1.5, 3.0), **o),
+        lambda **o: SGConvLayer(3, 16, kernel_dim=4, mode="sum_cos_learnable", ln=True, weight_norm=True, **o),
+        lambda **o: LongConvLayer(3, 16, block_fft_conv=True, postact="relu", initializer="zero", **o),
+        lambda **o: StandaloneLongConv(3, 16, **o),
+        lambda **o: H3Conv(3, 16, **o),
+    ],
+)
+def test_modules_without_memory_get_all_their_numbers(make):
+    module = make(device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for t in (*module.parameters(), *module.buffers()):
+            t.fill_(1) if t.dtype == torch.bool else t.fill_(math.nan)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    fresh = make()
+    for name, t in module.state_dict().items():
+        assert bool(t.isfinite().all()), name
+        if name in ("multiplier", "kernel_norm_initialized", "norm.norm.m", "norm.norm.s", "block_fft_u.mat_4"):
+            torch.testing.assert_close(t, fresh.state_dict()[name])
+    if hasattr(module, "one_sided"):
+        torch.testing.assert_close(module.one_sided().norm(dim=-1), torch.ones(module.kernel_norm.shape[:2]))
 
 
 def test_layer_exports_with_an_open_length():

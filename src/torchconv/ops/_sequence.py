@@ -62,6 +62,9 @@ def make_activation(name: str | None, argument: str = "activation") -> nn.Module
 class Projection(nn.Linear):
     """A linear map of the features of (B, D, L), or of (B, L, D) when not ``transposed``; optionally weight-normed."""
 
+    initializer: str | None = None
+    weight_norm = False
+
     def __init__(
         self,
         in_features: int,
@@ -75,15 +78,32 @@ class Projection(nn.Linear):
     ) -> None:
         check_choice("initializer", initializer, [None, *_INITIALIZERS])
         super().__init__(in_features, out_features, device=device, dtype=dtype)
-        self.transposed, self.weight_norm = transposed, weight_norm
+        known = nonlinearity in ("relu", "tanh", "sigmoid")
+        self.transposed, self.initializer, self.nonlinearity = (
+            transposed,
+            initializer,
+            nonlinearity if known else "linear",
+        )
         if initializer is not None:
-            known = nonlinearity in ("relu", "tanh", "sigmoid")
-            _INITIALIZERS[initializer](self.weight, str(nonlinearity) if known else "linear")
+            _INITIALIZERS[initializer](self.weight, str(self.nonlinearity))
+        self.weight_norm = weight_norm
         if weight_norm:
             weight: Any = self.weight
             del self.weight
             self.weight_g = nn.Parameter(weight.detach().norm(dim=1, keepdim=True))
             self.weight_v = nn.Parameter(weight.detach().clone())
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``, or by the initializer."""
+        weight = self.weight_v if self.weight_norm else self.weight
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        nn.init.uniform_(self.bias, -bound, bound)
+        if self.initializer is not None:
+            _INITIALIZERS[self.initializer](weight, str(self.nonlinearity))
+        if self.weight_norm:
+            with torch.no_grad():
+                self.weight_g.copy_(weight.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the features."""

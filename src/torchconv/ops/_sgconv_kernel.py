@@ -153,14 +153,12 @@ class StructuredKernel(nn.Module):
         self.mode, self.init_scale = mode, init_scale
         shape, options = (sides, channels, kernel_dim), {"device": device, "dtype": dtype}
         self.kernel_list = _Octaves(nn.Parameter(torch.empty(shape, **options)) for _ in range(n))
-        if "learnable" in mode:
-            self.register_buffer("multiplier", torch.tensor(1.0, **options))
-            start = torch.rand(channels, **options) * (decay_max - decay_min) + decay_min
-            self.decay: nn.Parameter | None = nn.Parameter(start, requires_grad="fixed" not in mode)
-        else:
-            wide = torch.linspace(decay_min, decay_max, channels, device=device, dtype=dtype)
-            self.register_buffer("multiplier", wide.reshape(1, -1, 1))
-            self.decay = None
+        self._decays = float(decay_min), float(decay_max)
+        learnable = "learnable" in mode
+        self.register_buffer("multiplier", torch.empty(() if learnable else (1, channels, 1), **options))
+        self.decay: nn.Parameter | None = None
+        if learnable:
+            self.decay = nn.Parameter(torch.empty(channels, **options), requires_grad="fixed" not in mode)
         self.register_buffer("kernel_norm", torch.ones(sides, channels, 1, **options))
         self.register_buffer("kernel_norm_initialized", torch.tensor(True, device=device))
         self.reset_kernel()
@@ -168,7 +166,14 @@ class StructuredKernel(nn.Module):
 
     @torch.no_grad()
     def reset_kernel(self) -> None:
-        """Draw the octaves and note the norm of the kernel they make."""
+        """Set the multipliers, draw decays and octaves, and note the norm of the kernel they make."""
+        low, high = self._decays
+        if self.decay is None:
+            options: Any = {"device": self.multiplier.device, "dtype": self.multiplier.dtype}
+            self.multiplier.copy_(torch.linspace(low, high, self.multiplier.numel(), **options).reshape(1, -1, 1))
+        else:
+            self.multiplier.fill_(1)
+            nn.init.uniform_(self.decay, min(low, high), max(low, high))
         sides, channels, size = self.kernel_list[0].shape
         for octave in self.kernel_list:
             if "randn" in self.mode:

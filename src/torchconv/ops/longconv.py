@@ -308,6 +308,10 @@ class LongConvLayer(nn.Module):
             )
         self._cache = SpectrumCache()
 
+    def reset_parameters(self) -> None:
+        """Skip normal; kernel, transforms and projection reset themselves."""
+        nn.init.normal_(self.D)
+
     def _circular(self, length: int) -> Tensor:
         """The kernel of a circular convolution: the future, if it has one, stands at the end."""
         kernel = self.kernel()

@@ -74,7 +74,7 @@ class StandaloneLongConv(nn.Module):
             check_positive(name, value)
         check(kernel_lam >= 0, "kernel_lam", kernel_lam, "must be at least 0")
         self.H, self.L, self.channels = H, L, channels
-        self.kernel_lam, self.causal, self.backend = kernel_lam, causal, backend
+        self.kernel_lam, self.causal, self.backend, self.init_std = kernel_lam, causal, backend, init_std
         options = {"device": device, "dtype": dtype}
         self.D = nn.Parameter(torch.randn(channels, H, **options))
         self.kernel = nn.Parameter(initial_kernel((channels, H, 2 * L), "random", init_std, **options))
@@ -82,6 +82,11 @@ class StandaloneLongConv(nn.Module):
         self.kernel_drop, self.dropout = nn.Dropout(kernel_dropout), nn.Dropout(dropout)
         self.output_linear = projection(channels * H, H, False, "glu", device=device, dtype=dtype)
         self._cache = SpectrumCache()
+
+    def reset_parameters(self) -> None:
+        """Kernel and skip normal; the projection resets itself."""
+        nn.init.normal_(self.kernel, std=self.init_std)
+        nn.init.normal_(self.D)
 
     def param_options(self) -> dict[str, dict[str, float]]:
         """The kernel is not decayed."""
@@ -169,6 +174,11 @@ class H3Conv(nn.Module):
         self.D = nn.Parameter(torch.randn(d_model, **options))
         self.output_linear = nn.Linear(d_model, d_model, **options)
         self._caches = SpectrumCache(), SpectrumCache()
+
+    def reset_parameters(self) -> None:
+        """Skips normal; kernels and projections reset themselves."""
+        nn.init.normal_(self.k_D)
+        nn.init.normal_(self.D)
 
     def _mix(self, x: Tensor, kernel: LongConvKernel, skip: Tensor, cache: SpectrumCache) -> Tensor:
         length = x.shape[-1]

@@ -179,6 +179,10 @@ class _FeatureNorm(nn.Module):
         self.m = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         self.s = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.m)
+        nn.init.ones_(self.s)
+
     def forward(self, x: Tensor) -> Tensor:
         std, mean = torch.std_mean(x, dim=-2, correction=0, keepdim=True)
         y: Tensor = (self.s / std) * (x - mean + self.m)
@@ -286,6 +290,11 @@ class SGConvLayer(StructuredKernel):
         if ln:
             self.norm = _Norm(_FeatureNorm(device, dtype) if transposed else nn.LayerNorm(width, **options))
         self.output_linear = projection(width, d_model, transposed, postact, initializer, weight_norm, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Octaves and skip normal; norm and projection reset themselves."""
+        self.reset_kernel()
+        nn.init.normal_(self.D)
 
     def param_options(self) -> dict[str, dict[str, float]]:
         """A learned decay is not decayed by the optimiser."""
