@@ -119,6 +119,8 @@ def test_refusals():
         deformable_sum(x[0], positions, masks)
     with pytest.raises(ValueError, match="int64: expected real"):
         deformable_sum(x.long(), positions, masks)
+    with pytest.raises(ValueError, match=r"masks\.device="):
+        deformable_sum(x, positions, masks.to("meta"))
     with pytest.raises(ValueError, match="positions of shape"):
         deformable_sum(x, positions[..., :1], masks)
     with pytest.raises(ValueError, match="masks of shape"):

@@ -241,6 +241,12 @@ def test_refusals():
         adaptive_downscale(x, kernels[:, :, :8], 2)
     with pytest.raises(ValueError, match="kernel_size=2: has 4 taps"):
         adaptive_downscale(x, kernels, 2, 2)
+    with pytest.raises(ValueError, match=r"scale=2\.5"):
+        adaptive_downscale(x, kernels, 2.5)
+    with pytest.raises(ValueError, match=r"kernels\.dtype="):
+        adaptive_downscale(x, kernels.long(), 2)
+    with pytest.raises(ValueError, match=r"kernels\.device="):
+        adaptive_downscale(x, kernels.to("meta"), 2)
     with pytest.raises(ValueError, match="scale=0"):
         adaptive_downscale(x, kernels, 0)
     with pytest.raises(ValueError, match="normalisation='l2'"):

@@ -179,6 +179,12 @@ def test_refusals():
     u, delta, a, b, c = inputs(2, 4, 6, 3, 2)
     with pytest.raises(ValueError, match=r"u of shape \(4, 6\)"):
         selective_scan(u[0], delta, a, b, c)
+    with pytest.raises(ValueError, match="int64: expected real"):
+        selective_scan(u.long(), delta, a, b, c)
+    with pytest.raises(ValueError, match=r"B.shape\[1\]=0"):
+        selective_scan(u, delta, a, b[:, :0], c)
+    with pytest.raises(ValueError, match=r"C\.device="):  # which would compute nothing
+        selective_scan(u, delta, a, b, c.to("meta"))
     with pytest.raises(ValueError, match="delta of shape"):
         selective_scan(u, delta[:1], a, b, c)
     with pytest.raises(ValueError, match="A of shape"):

@@ -190,8 +190,14 @@ def test_bad_shapes_are_refused():
         adaptive_conv2d(x, w[:1])
     with pytest.raises(ValueError, match=r"weight\.shape=.*k\^2"):
         adaptive_conv2d(x, w[:, :, :4])
-    with pytest.raises(ValueError, match="kernel_size=\\(9, 2\\)"):
+    with pytest.raises(ValueError, match=r"kernel_size=\(9, 2\)"):
         adaptive_conv(x, w, (9, 2))
+    with pytest.raises(ValueError, match=r"kernel_size=\(-3, -3\)"):
+        adaptive_conv(x, w, (-3, -3))
+    with pytest.raises(ValueError, match=r"weight\.device="):
+        adaptive_conv(x, w.to("meta"))
+    assert torch.equal(adaptive_conv(x, w, 3), adaptive_conv(x, w))
+    assert adaptive_conv(x[:, :0], w).shape == (2, 0, 4, 4)
     with pytest.raises(ValueError, match="x of shape"):
         adaptive_conv2d(x[0], w)
     with pytest.raises(ValueError, match="x of shape"):

@@ -313,10 +313,28 @@ def test_refusals():
         FourierKernelEstimator(4, blocks=(1, 1))
     with pytest.raises(ValueError, match="states=1"):
         FourierKernelEstimator(4)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, 3))
+    with pytest.raises(ValueError, match="image of shape"):
+        FourierKernelEstimator(4)(torch.zeros(2, 4, 4, 4), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="l3 of shape"):
+        FourierKernelEstimator(4)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4), *[torch.zeros(1, 4, 4, 4)] * 4)
+    with pytest.raises(ValueError, match="blocks=2"):
+        FourierKernelEstimator(4, blocks=2)
+    with pytest.raises(ValueError, match="norm='half'"):
+        spectral_mlp(torch.zeros(1, 1, 4), torch.eye(2), torch.eye(2), norm="half")
+    with pytest.raises(ValueError, match="w1, w2 of shapes"):
+        spectral_mlp(torch.zeros(1, 1, 4), torch.eye(2), torch.ones(4, 2))
+    with pytest.raises(ValueError, match="window_size=0"):
+        complex_spectral_mlp(torch.zeros(1, 2, 4), (torch.eye(2),) * 2, (torch.eye(2),) * 2, window_size=0)
+    with pytest.raises(ValueError, match="weight, factors of shapes"):
+        fold_depthwise(torch.ones(4, 2, 9), torch.ones(3, 9, 9), (3, 3))
     with pytest.raises(ValueError, match="memory='forget'"):
         reversible_column([], [], torch.zeros(1), [], memory="forget")
     with pytest.raises(ValueError, match="alphas=0"):
         reversible_column([Level()], [], torch.zeros(1), [torch.zeros(1)])
+    nothing = FourierKernelEstimator(4)(torch.zeros(0, 4, 4, 4), torch.zeros(0, 3, 4, 4))
+    assert [len(t) for t in nothing] == [0] * 6
+    matrix = torch.ones(2, 2, device="meta")
+    assert spectral_mlp(torch.ones(1, 1, 4, device="meta"), matrix, matrix).device.type == "meta"
     assert math.isfinite(float(ResFFTConv2d(2)(torch.zeros(1, 2, 3, 3)).sum().detach()))
 
 

@@ -237,6 +237,18 @@ def test_refusals():
         channel_shuffle(torch.zeros(1, 6, 2), 4)
     with pytest.raises(ValueError, match="offset_mask of shape"):
         dcnv4(torch.zeros(1, 4, 4, 2), torch.zeros(1, 4, 4, 26))
+    with pytest.raises(ValueError, match=r"kernel_size=\(9, 9\): reaches over"):
+        dcnv4(torch.zeros(1, 4, 4, 2), torch.zeros(1, 1, 1, 300), 9)
+    with pytest.raises(ValueError, match="groups=0"):
+        channel_shuffle(torch.zeros(1, 6, 2), 0)
+    with pytest.raises(ValueError, match="head_kernel=-3"):
+        DCNv4Conv2d(8, head_kernel=-3)
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        SelectiveScan2d(8, backend="cuda")
+    with pytest.raises(ValueError, match="ratio=nan"):
+        SelectiveScan2d(8, ratio=float("nan"))
+    with pytest.raises(ValueError, match="x of shape"):
+        cross_scan(torch.zeros(4, 4, 2))
     with pytest.raises(ValueError, match="remove_center=True"):
         dcnv4(torch.zeros(1, 4, 4, 2), torch.zeros(1, 4, 4, 26), 2, remove_center=True)
     with pytest.raises(ValueError, match="offset_groups=5"):

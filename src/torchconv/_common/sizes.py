@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torchconv._common.checks import check
 
@@ -12,7 +12,7 @@ Padding = int | Sequence[int] | str
 
 def ntuple(argument: str, value: Size, ndim: int, *, least: int = 1) -> tuple[int, ...]:
     """``value`` as one integer per spatial axis; anything else raises ``ValueError`` naming ``argument``."""
-    items = (value,) * ndim if isinstance(value, int) else tuple(value)
+    items = tuple(value) if isinstance(value, Iterable) else (value,) * ndim
     ok = len(items) == ndim and all(isinstance(i, int) and not isinstance(i, bool) and i >= least for i in items)
     check(ok, argument, value, f"must be an integer >= {least} or {ndim} of them, one per spatial axis")
     return items

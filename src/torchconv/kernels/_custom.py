@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from torchconv._common import check
+
 
 def define(
     name: str,
@@ -35,6 +37,14 @@ def define(
     if backward is not None:
         torch.library.register_autograd(full, backward, setup_context=keep)
     return getattr(torch.ops.torchconv, name).default
+
+
+def check_devices(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise ValueError unless all are where ``x`` is: beside one on "meta" the dispatcher would compute nothing."""
+    for name, tensor in others.items():
+        if tensor is not None:
+            remedy = f"the first tensor is on {x.device}; move both to one device"
+            check(tensor.device == x.device, f"{name}.device", tensor.device, remedy)
 
 
 def in_ordinary_operators() -> bool:

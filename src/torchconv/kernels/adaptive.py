@@ -17,6 +17,7 @@ which they fuse and know.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchconv._common import check
+from torchconv._common import Size, check, ntuple
 from torchconv.catalog import part
 from torchconv.kernels import _custom
 from torchconv.kernels._layout import is_channels_last, keep_layout
@@ -63,6 +64,13 @@ def _shared(x: Tensor, weight_channels: int) -> Iterator[tuple[Tensor, int]]:
         yield x[:, whole:].unsqueeze(1), rest
 
 
+def _joined(blocks: list[Tensor], x: Tensor) -> Tensor:
+    """Blocks of channels side by side; none where x has no channels."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat(blocks, 1) if blocks else torch.zeros_like(x)
+
+
 def _spread(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool = False) -> Tensor:
     """The aggregation, or with ``mirrored`` its transpose (the gradient of x)."""
     blocks = []
@@ -77,7 +85,7 @@ def _spread(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: bool =
             else:
                 out[at].addcmul_(w, source[reads])
         blocks.append(out.flatten(1, 2))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+    return _joined(blocks, x)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -119,7 +127,7 @@ def _composite(x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
             total = term if total is None else total + term
         assert total is not None
         blocks.append(total.flatten(1, 2))
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).to(dtype)
+    return _joined(blocks, x).to(dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -192,7 +200,7 @@ _ADAPTIVE = _custom.define(
     dims=(1, 2, 3),
     keywords="small kernel aggregation SKA dynamic per position involution local",
 )
-def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None = None) -> Tensor:
+def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: Size | None = None) -> Tensor:
     """Aggregate a small neighbourhood with a kernel given for every position and channel group.
 
     out[n, c, i] = Σ_t weight[n, c mod G, t, i] · x[n, c, i + t − p], zero outside the map.
@@ -200,7 +208,7 @@ def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None
     Args:
         x: the map. Half precision is accumulated in float32.
         weight: the kernels, taps in row-major order; C need not be a multiple of G (nor G at most C).
-        kernel_size: odd sizes, one per axis, whose product is the number of taps; by default the same on each axis.
+        kernel_size: an odd size or one per axis, whose product is the number of taps; by default the same on each axis.
 
     Shape:
         x (N, C, \\*size), weight (N, G, taps, \\*size) → (N, C, \\*size), one to three spatial axes. The result has
@@ -231,12 +239,10 @@ def adaptive_conv(x: Tensor, weight: Tensor, kernel_size: tuple[int, ...] | None
         check(side**ndim == taps and side % 2 == 1, "weight.shape", tuple(weight.shape), remedy)
         kernel_size = (side,) * ndim
     else:
-        kernel_size = tuple(kernel_size)
-        product = 1
-        for k in kernel_size:
-            product *= k
-        ok = len(kernel_size) == ndim and product == taps and all(k % 2 for k in kernel_size)
+        kernel_size = ntuple("kernel_size", kernel_size, ndim)
+        ok = math.prod(kernel_size) == taps and all(k % 2 for k in kernel_size)
         check(ok, "kernel_size", kernel_size, f"must be {ndim} odd sizes with product {taps}, the taps of weight")
+    _custom.check_devices(x, weight=weight)
     if x.dtype != weight.dtype:
         dtype = torch.promote_types(x.dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -346,6 +346,7 @@ def deformable_sum(x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
     groups = positions.shape[1]
     check(groups >= 1 and x.shape[1] % groups == 0, "groups", groups, f"must divide the {x.shape[1]} channels")
     check(positions.shape[2] >= 1, "taps", positions.shape[2], "give at least one")
+    _custom.check_devices(x, positions=positions, masks=masks)
     positions, masks = _fitted(positions, x), _fitted(masks, x)
     y: Tensor
     if _custom.in_ordinary_operators():

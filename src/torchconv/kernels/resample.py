@@ -360,6 +360,8 @@ def adaptive_downscale(
     ndim = x.dim() - 2
     if ndim not in (1, 2, 3):
         raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, *size) with one to three spatial axes")
+    check(kernels.is_floating_point(), "kernels.dtype", kernels.dtype, "must be a floating-point type")
+    _custom.check_devices(x, kernels=kernels)
     scales = ntuple("scale", scale, ndim)
     fits = kernels.dim() == ndim + 3 and kernels.shape[0] == x.shape[0] and kernels.shape[1] in (1, x.shape[1])
     grids = [(max(1, n // s), -(-n // s)) for n, s in zip(x.shape[2:], scales, strict=True)]

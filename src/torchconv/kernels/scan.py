@@ -323,8 +323,8 @@ _SCAN = _custom.define("selective_scan", f"({_ARGUMENTS}) -> Tensor", _forward, 
 
 
 def _check(u: Tensor, delta: Tensor, a: Tensor, vectors: Sequence[tuple[str, Tensor]]) -> None:
-    if u.dim() != 3:
-        raise ValueError(f"u of shape {tuple(u.shape)}: expected (N, channels, L)")
+    if u.dim() != 3 or not u.is_floating_point():
+        raise ValueError(f"u of shape {tuple(u.shape)}, {u.dtype}: expected real (N, channels, L)")
     if delta.shape != u.shape:
         raise ValueError(f"delta of shape {tuple(delta.shape)}: expected u's {tuple(u.shape)}")
     if a.dim() != 2 or a.shape[0] != u.shape[1] or a.is_complex():
@@ -337,7 +337,8 @@ def _check(u: Tensor, delta: Tensor, a: Tensor, vectors: Sequence[tuple[str, Ten
             expected = f"({u.shape[0]}, groups, {states}, {u.shape[2]}) or {tuple(a.shape)}"
             raise ValueError(f"{name} of shape {tuple(t.shape)}: expected {expected}")
         if t.dim() == 4:
-            check(u.shape[1] % t.shape[1] == 0, f"{name}.shape[1]", t.shape[1], f"must divide channels={u.shape[1]}")
+            fits = t.shape[1] > 0 and u.shape[1] % t.shape[1] == 0
+            check(fits, f"{name}.shape[1]", t.shape[1], f"must divide channels={u.shape[1]}")
             groups.append(int(t.shape[1]))
     fit = len({g for g in groups if g > 1}) <= 1
     check(fit, "groups", tuple(groups), "B and C must have the same number of groups, or one of them a single one")
@@ -404,7 +405,8 @@ def selective_scan(
             raise ValueError(f"{name} of shape {tuple(t.shape)}: expected ({u.shape[1]},)")
     if z is not None and z.shape != u.shape:
         raise ValueError(f"z of shape {tuple(z.shape)}: expected u's {tuple(u.shape)}")
-    arguments = (u, delta, A, B, C, delta_bias, delta_softplus)
+    _custom.check_devices(u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    arguments = (u, delta, A, B, C, delta_bias, bool(delta_softplus))
     if backend == "triton":
         remedy = "needs a GPU with Triton, float32 or half precision, and B and C for every position; use 'auto'"
         check(_on_programs(u, delta, A, B, C), "backend", backend, remedy)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels._custom import without_autocast
 from torchconv.ops._common import (
     CONV,
     Padding,
@@ -64,6 +65,15 @@ def _hidden(channels: int, expansion: float) -> int:
     return math.floor(channels * expansion + 1e-6)
 
 
+def _check_matrices(x: Tensor, w1: Tensor, w2: Tensor, axis: int, width: int) -> None:
+    """``width`` numbers of a frequency enter ``w1`` on ``axis``, and ``w2`` leads back."""
+    if x.dim() < 3 or not x.is_floating_point():
+        raise ValueError(f"x of shape {tuple(x.shape)}, {x.dtype}: expected real (N, C, *spatial)")
+    if w1.dim() != 2 or w1.shape[axis] != width or w2.shape != w1.shape[::-1]:
+        expected = f"{width} on axis {axis} of w1 for {x.shape[1]} channels, and for w2 the shape of its transpose"
+        raise ValueError(f"w1, w2 of shapes {tuple(w1.shape)}, {tuple(w2.shape)}: expected {expected}")
+
+
 def spectral_mlp(x: Tensor, w1: Tensor, w2: Tensor, norm: str = "backward", activation: str = "relu") -> Tensor:
     """Two real matrices on the real and imaginary parts of the spectrum: F⁻¹( w2 · act(w1 · [Re F x; Im F x]) ).
 
@@ -84,10 +94,12 @@ def spectral_mlp(x: Tensor, w1: Tensor, w2: Tensor, norm: str = "backward", acti
     Reference: arXiv 2111.11745, version 1, section 3.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    check_choice("norm", norm, NORMS)
+    _check_matrices(x, w1, w2, 1, 2 * x.shape[1])
     if x.numel() == 0:  # which transforms refuse
         return x * 1
     axes, size = _spatial(x), list(x.shape[2:])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         spectrum = torch.fft.rfftn(_wide(x), dim=axes, norm=norm)
         parts = torch.cat([spectrum.real, spectrum.imag], 1)
         hidden = ACTIVATIONS[activation](torch.einsum("oc,nc...->no...", _wide(w1), parts))
@@ -125,6 +137,11 @@ def complex_spectral_mlp(
     Reference: arXiv 2111.11745, version 2, section 3.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    check_choice("norm", norm, NORMS)
+    for first, second in zip(w1, w2, strict=True):
+        _check_matrices(x, first, second, 0, x.shape[1])
+    if window_size is not None:
+        check_positive("window_size", window_size)
     act = ACTIVATIONS[activation]
     if x.numel() == 0:  # which transforms refuse
         return x * 1
@@ -132,7 +149,7 @@ def complex_spectral_mlp(
         windows, put_back = _windows(x, window_size)
         return put_back(complex_spectral_mlp(windows, w1, w2, b1, b2, None, norm, activation))
     axes, size = _spatial(x), list(x.shape[2:])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         spectrum = torch.fft.rfftn(_wide(x), dim=axes, norm=norm)
         real, imag = spectrum.real.movedim(1, -1), spectrum.imag.movedim(1, -1)
         real, imag = _complex_linear(real, imag, w1, b1)
@@ -228,7 +245,8 @@ class ComplexSpectral(nn.Module):
         check_positive("channels", channels)
         hidden = _hidden(channels, expansion)
         check(hidden >= 1, "expansion", expansion, "leaves no hidden channel")
-        check(window_size is None or window_size >= 1, "window_size", window_size, "must be at least 1 or None")
+        if window_size is not None:
+            check_positive("window_size", window_size)
         check_choice("norm", norm, NORMS)
         check_choice("activation", activation, ACTIVATIONS)
         self.channels, self.ndim = channels, ndim

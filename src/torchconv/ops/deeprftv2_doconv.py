@@ -53,6 +53,10 @@ def fold_depthwise(weight: Tensor, factors: Tensor, kernel_size: tuple[int, ...]
 
     Reference: arXiv 2006.12030, equation 3.
     """
+    fits = factors.dim() == 3 and weight.shape[2:] == factors.shape[1:2] == factors.shape[2:]
+    if not fits or math.prod(kernel_size) != factors.shape[1] or weight.shape[:2].numel() % factors.shape[0]:
+        shapes = f"{tuple(weight.shape)}, {tuple(factors.shape)} for kernel_size={kernel_size}"
+        raise ValueError(f"weight, factors of shapes {shapes}: expected (out, in/groups, T), (in, T, T), T its product")
     out, inputs = weight.shape[:2]
     rows = weight.reshape(out * inputs // factors.shape[0], *factors.shape[::2])
     return torch.einsum("ims,ois->oim", factors, rows).reshape(out, inputs, *kernel_size)

@@ -202,10 +202,12 @@ class FourierKernelEstimator(nn.Module):
         check_positive("padding", padding, zero=True)
         check_positive("image_channels", image_channels)
         check_choice("memory", memory, MEMORIES)
+        remedy = f"give {LEVELS} numbers, or a last one of -1 for a plain sequence"
+        check(isinstance(blocks, Sequence), "blocks", blocks, remedy)
         plain = len(blocks) >= 1 and blocks[-1] == -1
         counts = list(blocks[:1]) if plain else list(blocks)
-        ok = (plain or len(counts) == LEVELS) and all(n >= 0 for n in counts)
-        check(ok, "blocks", tuple(blocks), f"give {LEVELS} numbers, or a last one of -1 for a plain sequence")
+        ok = (plain or len(counts) == LEVELS) and all(isinstance(n, int) and n >= 0 for n in counts)
+        check(ok, "blocks", tuple(blocks), remedy)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.width, self.padding, self.image_channels = channels, width, padding, image_channels
         self.stateful = not plain
@@ -236,14 +238,20 @@ class FourierKernelEstimator(nn.Module):
         maps = torch.cat([self.feature_extract["intro_inp"](feature), self.feature_extract["intro_deconv"](feature)], 1)
         if self.padding:
             maps = F.pad(maps, [self.padding] * 4, mode="replicate")
-        half = maps.dtype in (torch.float16, torch.bfloat16)
-        spectrum = torch.fft.rfft2(maps.float() if half else maps)
+        maps = maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
         size = [int(maps.shape[2]), int(maps.shape[3])]
+        if maps.numel():
+            spectrum = torch.fft.rfft2(maps)
+        else:  # which transforms refuse
+            spectrum = torch.complex(maps, maps)[..., : size[1] // 2 + 1]
         return spectrum[:, : self.width], spectrum[:, self.width :], size
 
     def _estimate(self, spectrum: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         k = self.intro["ending"](torch.cat([spectrum.real, spectrum.imag], 1).to(dtype))
         new: list[Tensor] = []
+        for name, state in zip(("l3", "l2", "l1", "dec"), states, strict=False):
+            if state.shape != k.shape:
+                raise ValueError(f"{name} of shape {tuple(state.shape)}: expected {tuple(k.shape)}")
         if self.stateful:
             old = [states[i] for i in (2, 1, 0, 3)] if states else [torch.zeros_like(k)] * LEVELS
             new = self.subnets_ker(k, old)
@@ -256,6 +264,7 @@ class FourierKernelEstimator(nn.Module):
 
     def transfer(self, feature: Tensor, *states: Tensor) -> Tensor:
         """The transfer function, complex (N, d, H + 2p, (W + 2p)/2 + 1)."""
+        check_input(feature, self.channels, 2)
         spectrum, _, _ = self._spectra(feature)
         return self._estimate(spectrum, states, feature.dtype)[0]
 
@@ -271,11 +280,18 @@ class FourierKernelEstimator(nn.Module):
         """Deblur; see the class for the states."""
         check_input(feature, self.channels, 2)
         check_input(image, self.image_channels, 2)
+        if image.shape[::2] != feature.shape[::2] or image.shape[3] != feature.shape[3]:
+            expected = f"{feature.shape[0]}, {self.image_channels}, {feature.shape[2]}, {feature.shape[3]}"
+            raise ValueError(f"image of shape {tuple(image.shape)}: expected ({expected}) beside this feature map")
         states = [t for t in (l3, l2, l1, dec) if t is not None]
         check(len(states) in ((0, LEVELS) if self.stateful else (0,)), "states", len(states), f"give {LEVELS} or none")
         inputs, filtered, size = self._spectra(feature)
         transfer, new = self._estimate(inputs, states, feature.dtype)
-        z = torch.fft.irfft2(filtered * transfer, s=size)
+        z = (
+            torch.fft.irfft2(filtered * transfer, s=size)
+            if feature.numel()
+            else feature.new_zeros(0, self.channels, *size)
+        )
         p = self.padding
         z = z[:, :, p : size[0] - p, p : size[1] - p].to(feature.dtype)
         g = self.deblur_feature1(torch.cat([z, feature], 1))

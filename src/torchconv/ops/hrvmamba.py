@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchconv._common import check
+from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.kernels import inception_conv
 from torchconv.ops._common import (
@@ -51,6 +51,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
     Reference: Zhang et al., arXiv 1707.01083.
     """
+    check_positive("groups", groups)
     check(x.shape[1] % groups == 0, "groups", groups, f"must divide the {x.shape[1]} channels")
     return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(1, 2).flatten(1, 2)
 

@@ -4,7 +4,7 @@ Xiong et al. 2024, "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse
 arXiv 2401.06197; HRVMamba (arXiv 2410.03174) puts it before its scan, without projections of the values and the output.
 
 A linear map of every position gives, for each group of channels, K displacements (dx, dy) and K masks, which are
-weights as they are: no softmax. With c = δ·⌊(k−1)/2⌋ on each axis and tap (i, j), *i horizontal and outermost*,
+weights as they are: no softmax. With c = ⌊δ·(k−1)/2⌋ on each axis and tap (i, j), *i horizontal and outermost*,
 
     y[g](p) = Σ_{i,j} m_{ij}(p) · x[g]( p·stride − pad + c + ((i, j)·δ − c + (dx, dy)_{ij}(p))·s )
 
@@ -121,6 +121,9 @@ def dcnv4(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(value.shape[1:3], pads, dilations, kernel, strides, strict=True)
     ]
+    whole = all(s > 0 or n == 0 for s, n in zip(size, value.shape[1:3], strict=True))
+    remedy = f"reaches over the map of {tuple(value.shape[1:3])} with padding={pads}; pad more or take a smaller one"
+    check(whole, "kernel_size", kernel, remedy)
     fits = offset_mask.dim() == 4 and list(offset_mask.shape[:3]) == [value.shape[0], *size]
     if not fits or offset_mask.shape[3] < 3 * taps * groups:
         expected = f"({value.shape[0]}, {size[0]}, {size[1]}, >= {3 * taps * groups})"
@@ -203,7 +206,9 @@ class DCNv4Conv2d(nn.Module):
         check_same(padding, self.kernel_size, "DCNv4Conv2d", self.dilation)
         taps = math.prod(self.kernel_size) - int(remove_center)
         check(taps >= 1, "kernel_size", kernel_size, "without its middle no tap is left")
-        check(head_kernel is None or head_kernel % 2 == 1, "head_kernel", head_kernel, "must be odd or None")
+        if head_kernel is not None:
+            check_positive("head_kernel", head_kernel)
+            check(head_kernel % 2 == 1, "head_kernel", head_kernel, "must be odd or None")
         self.offset_groups, self.offset_scale, self.remove_center = offset_groups, offset_scale, remove_center
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.offset_mask_dw = (

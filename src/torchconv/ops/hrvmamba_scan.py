@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.kernels import selective_scan
+from torchconv.kernels.scan import BACKENDS
 from torchconv.ops._common import Padding, Size, check_input, check_same, check_unit
 from torchconv.ops.hrvmamba_dcn import DCNv4Conv2d
 
@@ -49,6 +50,8 @@ def cross_scan(x: Tensor, directions: str = "cross") -> Tensor:
     Reference: arXiv 2401.10166, section 4.
     """
     check_choice("directions", directions, DIRECTIONS)
+    if x.dim() != 4:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, C, H, W)")
     rows = x.flatten(2)
     second = x.transpose(2, 3).flatten(2) if directions == "cross" else rows
     both = torch.stack([rows, second], 1)
@@ -183,6 +186,8 @@ class SelectiveScan2d(nn.Module):
         check_unit("stride", stride, 2, "SS2D", "follow it with a strided convolution")
         check_unit("dilation", dilation, 2, "SS2D", "it sees the whole map anyway")
         check_choice("directions", directions, DIRECTIONS)
+        check_choice("backend", backend, BACKENDS)
+        check(0 < ratio < math.inf, "ratio", ratio, "must be a positive number")
         inner = int(ratio * in_channels)
         check(inner >= 1, "ratio", ratio, "leaves no inner channel")
         rank = math.ceil(in_channels / 16) if rank is None else rank
