@@ -39,7 +39,7 @@ def adapt(case: Case) -> Adapted:
         config.get("groups", 1),
         "bias" in case.state,
         form=config["format"],
-        rank=config.get("rank"),
+        rank=per_axis("rank", None),
     )
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,6 +61,7 @@ def _wave(case: Case) -> dict[str, Tensor]:
     if "newmark" in scheme.lower():
         mass = "lumped" if "lumped" in scheme.lower() else "consistent"
         constants = dict(re.findall(r"(beta|gamma)\s*=\s*([\d./]+\d|\d)", scheme))
+        constants |= {name: str(config[name]) for name in ("beta", "gamma") if name in config}
         options |= {name: float(Fraction(value)) for name, value in constants.items()}
         u, v = waves.newmark(u0, mass=mass, **options)
         found["energy"] = waves.wave_energy(u, v, c, mass)

@@ -20,6 +20,7 @@ from torchconv.ops.puyun import LKA2d
 from torchconv.ops.scalecrafter import ReDilatedConv2d
 from torchconv.ops.shallow import ParallelResidual2d
 from torchconv.ops.snnk import SNNKLinear
+from torchconv.ops.snnk_conv import SNNKConv2d
 from torchconv.ops.tunable import TunableConv2d
 from torchconv.theory.posets import Poset
 
@@ -162,6 +163,22 @@ def downscale(place: Place) -> Iterator[Case]:
         return (patches * kernels.softmax(2)).sum(2)
 
     yield Case("2×3×128² s=2 k=7", ours, (x, kernels), eager, alike=False)
+
+
+@case("snnk")
+def snnk_conv(place: Place) -> Iterator[Case]:
+    """Random features of every patch; a convolution and its ReLU is what it stands for."""
+    layer = place.put(SNNKConv2d(32, 32, 3, num_features=32))
+    dense = place.put(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.ReLU()))
+    x = place.randn(4, 32, 32, 32)
+
+    def eager(x: Tensor) -> Tensor:
+        z = F.conv2d(x, layer.projection_matrix, layer.projection_offset, padding=1)
+        return F.conv2d(z.clamp(min=0) / layer.num_features**0.5, layer.weights[:, :, None, None])
+
+    params = tuple(layer.parameters())
+    yield Case("4×32×32² k=3 m=32", layer, (x,), eager, params=params)
+    yield Case("4×32×32² k=3 m=32 (dense)", layer, (x,), None, {"convolution + ReLU": dense}, params, alike=False)
 
 
 @case("snnk-linear")
