@@ -206,6 +206,17 @@ def test_operator_that_does_not_fit_is_left_out_and_volumes_work(tmp_path: Path)
     assert "unireplknet" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("bound", "expected"), [(None, (2, 4)), ("3", (2, 3)), ("16", (2, 4)), ("3,2", (2, 4))])
+def test_threads_of_a_trial_are_bounded_by_the_environment(
+    bound: str | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if bound is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", bound)
+    assert schedule.choose_jobs(2, 9, "cpu") == expected
+
+
 def test_time_budget_sets_the_epochs(tmp_path: Path) -> None:
     results = compare(config(tmp_path / "run", epochs=None, time_budget=0.001, seeds=1))
     assert results["config"]["epochs"] == 1

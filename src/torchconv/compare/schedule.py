@@ -30,12 +30,17 @@ def unfinished(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def choose_jobs(jobs: int | None, trials: int, device: str) -> tuple[int, int]:
-    """Trials at a time, and threads of each: processes of few threads train small networks fastest."""
+    """Trials at a time, and threads of each: processes of few threads train small networks fastest.
+
+    ``OMP_NUM_THREADS`` bounds the threads: on cores that others use too, threads mostly wait for each other.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
         gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         jobs = 1 if gpu else max(1, min(trials, cores, 8))
-    return jobs, max(1, cores // jobs)
+    bound = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(cores // jobs, int(bound)) if bound.isdigit() else cores // jobs
+    return jobs, max(1, threads)
 
 
 def _crash_count(trial: Trial) -> int:
