@@ -224,6 +224,21 @@ def test_stacks_that_add_nothing_are_called_so() -> None:
     assert "add nothing" not in str(changed(stack(3)).parallelise_report)
 
 
+@pytest.mark.parametrize("way", [lambda x, y: x - y, lambda x, y: torch.add(x, y, alpha=0.5)])
+def test_differences_and_scaled_sums_count(way: Any) -> None:
+    class Other(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = way(x, self.conv(x))
+            return y
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Other(3), Other(3)).double()
+    wide = changed(model)
+    assert [row.blocks for row in wide.parallelise_report.stacks] == [("0", "1")]
+    x = image()
+    assert torch.allclose(wide(x), model[0](x) + model[1](x) - x)
+
+
 def test_a_sum_with_a_product_counts() -> None:
     net = create_model("eca_resnet18", num_classes=3).eval()
     wide: Any = parallelise(net, example=torch.randn(1, 3, 32, 32))

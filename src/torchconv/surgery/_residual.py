@@ -41,7 +41,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.rstrip("_")
-        if name not in ("add", "addcmul", "relu", *_VIEWS):
+        if name not in ("add", "sub", "addcmul", "relu", *_VIEWS):
             return out
         for call in self.opened:
             if call is None:
@@ -50,7 +50,8 @@ class _Watch(TorchDispatchMode):
             if not inside or out.shape != call.x.shape:
                 continue
             plain = (kwargs or {}).get("alpha", 1) == 1
-            if (name == "add" and plain) or (name == "addcmul" and id(args[0]) in call.trunk and len(inside) == 1):
+            first = id(args[0]) in call.trunk and len(inside) == 1  # x is as it was, whatever is done to the rest
+            if (name == "add" and plain) or (name in ("add", "sub", "addcmul") and first):
                 call.trunk[id(out)] = SUM
             elif name == "relu" and inside[0] != INPUT:
                 call.trunk[id(out)] = RELU

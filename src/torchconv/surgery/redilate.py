@@ -152,7 +152,8 @@ def redilate(
 
     Args:
         model: any module, or a diffusers pipeline, whose ``unet`` is then meant (all else is shared). It stays as it
-            is. Hooks, device, type, training mode, shared layers and parametrisations are kept.
+            is. Hooks, device, type, training mode, shared layers and parametrisations are kept. Of a compiled network
+            the one inside is changed.
         scale: φ ≥ 1, the ratio of the resolutions; fractions are fine.
         layers: a pattern for names ("mid_block.*") or several, a predicate of name and module, or factors by pattern
             ({"mid_block.*": 4, "*.conv2": 2}, the first that fits) instead of ``scale``. Unset is the inner layers,
@@ -191,6 +192,7 @@ def redilate(
     base: Any = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
     ok = isinstance(base, nn.Module)
     check(ok, "model", type(model).__name__, "expected a module, or a pipeline that has one as unet")
+    base = getattr(base, "_orig_mod", base)  # of a compiled network the one inside, to be compiled again
     again = any(isinstance(m, _Scheduled) for m in base.modules())
     check(not again, "model", type(base).__name__, "is re-dilated already: start from the network that it came from")
     for name in dispersion or {}:
@@ -225,7 +227,7 @@ def redilate(
     _carry_out(new, edit)
     new.redilate_report = RedilateReport(edit["layers"], edit["disperse"], kept)
     note(new, base, [edit])
-    if base is model:
+    if isinstance(model, nn.Module):
         return new
     pipeline: Any = copy.copy(model)
     pipeline.unet = new
