@@ -360,9 +360,10 @@ def test_refusals():
         tunable_conv(x, torch.zeros(1, 1, 4, 1, 1), None, torch.ones(1), backend="fast")
 
 
-def test_parity_takes_null_for_a_default():
+@pytest.mark.parametrize(("mode", "bias"), [("mlp", True), ("linear", False)])
+def test_parity_takes_null_for_a_default_and_absent_options_from_the_state(mode, bias):
     config = {"class": "TunableDense", "in_channels": 2, "out_channels": 1, "expand_params": None, "mode": None}
-    layer = TunableLinear(2, 1)
+    layer = TunableLinear(2, 1, bias, mode=mode)
     x, omega = torch.randn(3, 4, 2), torch.rand(3, 2)
     state = {n: t.detach() for n, t in layer.state_dict().items() if n != "tuning"}
     inputs, outputs = {"x": x, "params": omega}, {"y": layer(x, omega).detach()}

@@ -36,9 +36,9 @@ def _module(case: Case) -> nn.Module:
     mixing: dict[str, Any] = {
         "num_params": config.get("num_params", case.inputs["params"].shape[-1]),
         "expand_params": config.get("expand_params", 1),
-        "mode": config.get("mode", "mlp"),
+        "mode": config.get("mode", "mlp" if any(".mlp." in f".{n}" for n in case.state) else "linear"),
     }
-    bias = config.get("bias", True)
+    bias = config.get("bias", "bias" in case.state)
     if kind == "TunableEDSR":
         names = ("img_channels", "num_blocks", "num_channels", "scale")
         return TunableEDSR(**{n: config[n] for n in names if n in config}, **mixing)
