@@ -31,7 +31,8 @@ from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.models._backbone import Backbone
 from torchconv.models._registry import register_model
-from torchconv.ops.p3d import DIALECTS, FORMS, activated, apply_space, apply_time, fold_in
+from torchconv.ops._p3d_factors import apply_space, apply_time
+from torchconv.ops.p3d import DIALECTS, FORMS, activated, fold_in
 
 
 @part(
