@@ -141,8 +141,8 @@ class TunableConv(Tunable):
     """Convolution whose kernel is mixed from N = num_params · expand_params kernels by a tuning vector ω.
 
     Called with one argument it uses the vector set by :meth:`set_tuning` (1/P each at first), so that it stands
-    wherever a plain convolution does; ``layer(x, params)`` takes ω, a tensor or numbers, from the caller, one for all or
-    one for each item. ``weight`` (1, N, out, in/groups, \\*kernel), ``bias`` (1, N, out), ``mlp.weight`` and
+    wherever a plain convolution does; ``layer(x, params)`` takes ω (a tensor or numbers) from the caller, one for all
+    or one for each item. ``weight`` (1, N, out, in/groups, \\*kernel), ``bias`` (1, N, out), ``mlp.weight`` and
     ``mlp.bias`` have the authors' names and shapes.
 
     Args:
