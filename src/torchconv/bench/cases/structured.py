@@ -18,6 +18,7 @@ from torchconv.ops.p3d import P3DConv3d
 from torchconv.ops.posetfilters import poset_filter
 from torchconv.ops.puyun import LKA2d
 from torchconv.ops.scalecrafter import ReDilatedConv2d
+from torchconv.ops.scalecrafter_dispersed import DispersedConv2d
 from torchconv.ops.shallow import ParallelResidual2d
 from torchconv.ops.snnk import SNNKLinear
 from torchconv.ops.snnk_conv import SNNKConv2d
@@ -141,11 +142,27 @@ def redilated(place: Place) -> Iterator[Case]:
     x = place.randn(2, 32, 32, 32)
 
     def eager(x: Tensor) -> Tensor:
-        grown = [int(n * 2 / 1.5) for n in x.shape[2:]]
+        grown = [round(n * 2 / 1.5) for n in x.shape[2:]]
         y = F.conv2d(F.interpolate(x, grown, mode="bilinear"), layer.weight, layer.bias, padding=2, dilation=2)
         return F.interpolate(y, x.shape[2:], mode="bilinear")
 
-    yield Case("2×32×32² factor 1.5", layer, (x,), eager, params=tuple(layer.parameters()), alike=False)
+    yield Case("2×32×32² factor 1.5", layer, (x,), eager, params=tuple(layer.parameters()))
+
+
+@case("dispersed")
+def dispersed(place: Place) -> Iterator[Case]:
+    """A kernel enlarged in each call against the same written out; the 3 × 3 convolution is a relative."""
+    layer = place.put(DispersedConv2d(32, 32, 3))
+    small = place.put(torch.nn.Conv2d(32, 32, 3, padding=1))
+    x = place.randn(2, 32, 32, 32)
+    matrix = layer.matrix.to(x)
+
+    def eager(x: Tensor) -> Tensor:
+        kernels = torch.einsum("lk,oik->oil", matrix, layer.weight.flatten(2)).unflatten(2, (5, 5))
+        return F.conv2d(x, kernels, layer.bias, padding=2)
+
+    yield Case("2×32×32² 3 → 5", layer, (x,), eager, params=tuple(layer.parameters()))
+    yield Case("2×32×32² 3 → 5 (3 × 3)", layer, (x,), None, {"nn.Conv2d": small}, backward=False, alike=False)
 
 
 @case("adaptive-downscale")
