@@ -28,7 +28,7 @@ from torchconv.catalog import part
 from torchconv.kernels import _custom
 
 _HALF = (torch.float16, torch.bfloat16)
-_PLACES = 1 << 18  # positions of a block
+_PLACES = 1 << 17  # positions of a block
 _GATHERED = 1 << 18  # numbers read at a time for the products
 _DEPTH, _TAPS = 8, 4  # channels of a group and taps from which a table pays
 
