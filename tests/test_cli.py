@@ -162,7 +162,9 @@ def test_debug_shows_the_traceback() -> None:
         main(["show", "dclss", "--debug"])
 
 
-def test_compare_from_the_command_line(tmp_path: Path) -> None:
+def test_compare_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = [
         "--ops",
         "conv,depthwise",
@@ -182,9 +184,10 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["command"].startswith("torchconv compare --ops conv,depthwise")
     assert str(tmp_path) not in (tmp_path / "run" / "report.html").read_text()
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *command[3:])
+    assert code == 2
+    assert "--resume" in err
 
 
 def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

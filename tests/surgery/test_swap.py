@@ -172,7 +172,8 @@ def test_a_swapped_network_trains_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(again(x), new.eval()(x))
     timm = pytest.importorskip("timm")
     resnet = timm.create_model("resnet10t", num_classes=3).eval()
-    changed: Any = swap(resnet, "dcls", where="spatial", example=torch.randn(1, 3, 64, 64))
+    changed: Any = swap(resnet, "dcls", where="layer[12].*.conv[12]", example=torch.randn(1, 3, 64, 64))
+    assert [row.path for row in changed.swap_report.layers] == [f"layer{n}.0.conv{k}" for n in (1, 2) for k in (1, 2)]
     assert changed.swap_report.difference < 1e-4, str(changed.swap_report)
     save(changed, tmp_path / "resnet")
     assert torch.equal(from_pretrained(tmp_path / "resnet")(x), changed(x))
