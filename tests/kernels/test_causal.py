@@ -75,10 +75,21 @@ def test_blocks_do_not_show(layout, block, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(back(y), tensors, g), torch.autograd.grad(expected, tensors, g))
 
 
+@pytest.mark.parametrize("k", [3, 12])
 @pytest.mark.parametrize("layout", ["BCL", "BLC", "turned"])
-def test_memory_keeps_its_order(layout):
+def test_memory_keeps_its_order(layout, k):
     x, layout = lay(noise(2, 4, 6), layout)
-    assert causal_conv1d(x, noise(4, 3), layout=layout).stride() == x.stride()
+    assert causal_conv1d(x, noise(4, k), layout=layout).stride() == x.stride()
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_nothing_in_nothing_out(k):
+    weight = noise(3, k).requires_grad_()
+    y, states = causal_conv1d(noise(2, 3, 0), weight, activation="silu", return_final_states=True)
+    assert y.shape == (2, 3, 0)
+    assert states.shape == (2, 3, k - 1)
+    assert not states.any()
+    assert not torch.autograd.grad(y.sum(), weight)[0].any()
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -193,4 +204,10 @@ def test_refusals():
         causal_conv1d(x, noise(3, 4), initial_states=noise(2, 3, 4))
     with pytest.raises(ValueError, match="x of shape"):
         causal_conv1d(x[0], noise(3, 4))
+    with pytest.raises(ValueError, match="weight on meta: expected cpu"):
+        causal_conv1d(x, noise(3, 4).to("meta"))
+    with pytest.raises(ValueError, match=r"x of torch.int64, weight of torch.float64, .* floating point"):
+        causal_conv1d(x.long(), noise(3, 4))
+    with pytest.raises(ValueError, match=r"activation='silu': make x floating point"):
+        causal_conv1d(x.long(), noise(3, 4).long(), activation="silu")
     torch.testing.assert_close(causal_conv1d(x, noise(3, 1, 4)), causal_conv1d(x, noise(3, 4)))

@@ -316,7 +316,7 @@ def causal_conv1d(
         x (B, C, L) or (B, L, C) → the same.
 
     Raises:
-        ValueError: shapes do not fit, or an unknown activation or layout.
+        ValueError: shapes do not fit, an unknown activation or layout, or integers that would cut the result.
 
     Example:
         >>> causal_conv1d(torch.tensor([[[1.0, 2.0, 4.0]]]), torch.tensor([[10.0, 1.0]]))
@@ -336,6 +336,11 @@ def causal_conv1d(
         raise ValueError(f"weight of shape {tuple(weight.shape)}: expected ({channels}, k) or ({channels}, 1, k)")
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias of shape {tuple(bias.shape)}: expected ({channels},)")
+    for name, t in (("weight", weight), ("bias", bias), ("initial_states", initial_states)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} on {t.device}: expected {x.device}, where x is")
+    if not x.is_floating_point() and (activation is not None or weight.is_floating_point()):
+        raise ValueError(f"x of {x.dtype}, weight of {weight.dtype}, activation={activation!r}: make x floating point")
     axis, before = 1 if vectors else 2, taps.shape[1] - 1
     if initial_states is not None:
         expected = (x.shape[0], before, channels) if vectors else (x.shape[0], channels, before)
@@ -354,15 +359,16 @@ def causal_conv1d(
 
 def _call(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, vectors: bool) -> Tensor:
     """Choose how to compute it; the memory, not the order of the axes, says what is a row."""
-    if taps.shape[1] > _SHORT:
-        return _long(x, taps, bias, silu, vectors)
+    y: Tensor
     turned = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
     straight = (x.transpose(1, 2) if turned else x).contiguous()
     arguments = (straight, taps, bias, silu, vectors != turned)
+    if taps.shape[1] > _SHORT and x.numel():
+        y = _long(*arguments)
+        return y.transpose(1, 2) if turned else y
     plain = x.device.type != "cpu" and not trustworthy("causal", x.device)
     if plain:
         say_once(f"causal_conv1d on {x.device.type} runs as F.conv1d: Triton is not available there")
-    y: Tensor
     if plain or _custom.in_ordinary_operators():
         y = _composite(*arguments)
     else:
@@ -378,4 +384,4 @@ def _long(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, vectors: boo
     shift = None if bias is None else bias.to(wide)
     y: Tensor = depthwise_conv1d(padded.to(wide), taps.unsqueeze(1).to(wide), shift)
     y = (F.silu(y) if silu else y).to(x.dtype)
-    return y.transpose(1, 2) if vectors else y
+    return (y.transpose(1, 2) if vectors else y).contiguous()
