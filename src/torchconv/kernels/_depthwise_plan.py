@@ -81,6 +81,7 @@ def geometry(shape: tuple[int, ...], weight: tuple[int, ...], stride: Size, padd
 
 def check_weight(channels: int, weight: tuple[int, ...]) -> None:
     """One kernel per channel, at least one tap."""
-    ok = channels >= 1 and weight[0] == channels and weight[1] == 1 and min(weight[2:]) >= 1
+    check(channels >= 1, "channels", channels, "x needs at least one")
+    ok = weight[0] == channels and weight[1] == 1 and min(weight[2:]) >= 1
     remedy = f"expected ({channels}, 1, *kernel_size), one kernel per channel of x; use F.convNd for other groups"
     check(ok, "weight.shape", weight, remedy)

@@ -115,7 +115,11 @@ class Depthwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, backend: str) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.plan, ctx.backend = plan, backend
-        return output(x, w, bias, plan.forward, plan.geo)
+        y = output(x, w, bias, plan.forward, plan.geo)
+        # Autograd forbids changes in place of results that are views, as products with matrices are.
+        if y._base is None:
+            return y
+        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

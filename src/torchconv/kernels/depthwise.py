@@ -21,7 +21,7 @@ from torchconv.catalog import part
 from torchconv.kernels import _depthwise_forms as forms
 from torchconv.kernels import _depthwise_run as run
 from torchconv.kernels._custom import autocasts, in_ordinary_operators
-from torchconv.kernels._depthwise_plan import BACKENDS, check_weight
+from torchconv.kernels._depthwise_plan import BACKENDS, check_weight, geometry
 from torchconv.kernels._triton_probe import trustworthy
 
 _LONG = 13  # taps from which an estimate of operations sends half precision on a GPU to the tensor cores
@@ -70,7 +70,7 @@ _remembered_pads = lru_cache(maxsize=4096)(_pads)  # compilers warn of caches, a
 
 
 def _key(value: Size) -> Size:
-    return value if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def _convolve(
@@ -123,7 +123,11 @@ def _depthwise(
             plain = not _compiled_gains(x, weight)
     if plain:
         check_weight(x.shape[1], tuple(weight.shape))
-        return _convolve(ndim, x, weight, bias, stride, padding, dilation)
+        try:
+            return _convolve(ndim, x, weight, bias, stride, padding, dilation)
+        except RuntimeError:
+            geometry(tuple(x.shape), tuple(weight.shape), stride, padding, dilation)  # says it better
+            raise
     if backend == "triton":
         _check_triton(x)
     if compiling and backend != "reference":

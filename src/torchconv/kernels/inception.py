@@ -70,9 +70,12 @@ def inception_conv(
     check(ndim in (1, 2, 3), "x.shape", tuple(x.shape), "expected (N, C, *size) with one to three spatial axes")
     biases = [None] * len(weights) if biases is None else biases
     check(len(biases) == len(weights), "biases", len(biases), f"give one for each of the {len(weights)} kernels")
-    for w in weights:
-        ok = w.dim() == ndim + 2 and w.shape[1] == 1 and min(w.shape[2:]) >= 1
-        check(ok, "weight.shape", tuple(w.shape), f"expected (g, 1, *kernel_size) with {ndim} spatial axes")
+    check(all(n > 0 for n in x.shape[2:]), "x.shape", tuple(x.shape), "every spatial axis needs a position")
+    for w, b in zip(weights, biases, strict=True):
+        ok = w.dim() == ndim + 2 and w.shape[1] == 1 and min(w.shape) >= 1
+        check(ok, "weight.shape", tuple(w.shape), f"expected (g, 1, *kernel_size), g ≥ 1, with {ndim} spatial axes")
+        if b is not None:
+            check(b.shape == w.shape[:1], "bias.shape", tuple(b.shape), f"expected ({w.shape[0]},), a number a channel")
     widths = [w.shape[0] for w in weights]
     rest = x.shape[1] - sum(widths)
     check(rest >= 0, "weights", widths, f"together they need more channels than the {x.shape[1]} of x")
@@ -104,8 +107,7 @@ def _fused(
     given = [b for b in biases if b is not None]
     alike = all(t.dtype == x.dtype and t.device == x.device for t in (*weights, *given))
     fits = math.prod(x.shape[2:]) < 2**30 and x.numel() > 0
-    shaped = all(b is None or tuple(b.shape) == (w.shape[0],) for b, w in zip(biases, weights, strict=True))
-    if not (alike and fits and shaped and x.dtype in _TYPES and trustworthy("inception", x.device)):
+    if not (alike and fits and x.dtype in _TYPES and trustworthy("inception", x.device)):
         remedy = f"needs tensors of one type of {_TYPES} on one CUDA device (or TRITON_INTERPRET=1), x is {x.dtype} on {x.device}"  # fmt: skip # noqa: E501
         check(backend == "auto" or x.numel() == 0, "backend", backend, remedy)
         return None
