@@ -71,6 +71,20 @@ def test_show_says_how_to_import(capsys: pytest.CaptureFixture[str]) -> None:
     assert "InceptionDWConv2d" in out
 
 
+def test_names_and_links_are_whole_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    out = run(capsys, "list", "--kind", "operator")[1]
+    assert {"multikernel-reparam", "terminator-global"} <= {line.split(" ")[1] for line in out.splitlines()}
+    assert max(map(len, out.splitlines())) <= 60
+    shown = run(capsys, "show", "dcls")[1]
+    assert "K-H-Ismail/Dilated-Convolution-with-Learnable-Spacings-PyTorch (MIT)" in shown
+    monkeypatch.delenv("COLUMNS")  # a pipe
+    (row,) = [line for line in run(capsys, "list")[1].splitlines() if line.split()[:1] == ["dcls"]]
+    assert len(row) > 80
+
+
 def test_search_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     hits = json.loads(run(capsys, "search", "prune", "--json")[1])
     assert {h["key"] for h in hits[:2]} == {"masksparsity", "betarank"}

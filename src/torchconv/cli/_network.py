@@ -1,12 +1,15 @@
-"""What the commands that change a network share."""
+"""What the commands share: places, networks, the terminal. No torch is imported with it."""
 
 from __future__ import annotations
 
 import ast
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +32,11 @@ WHERE = (
     "all, spatial (kernels above 1, the stem excepted), depthwise, pointwise, stem, or a pattern for names, which "
     "means 1×1 convolutions too."
 )
+
+
+def wide() -> Console:
+    """The terminal; a file or pipe takes whole rows, unless COLUMNS says otherwise."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170)
 
 
 def value_of(text: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from torchconv.cli._network import place
+from torchconv.cli._network import place, wide
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, ….")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -56,11 +55,6 @@ def _prepare(threads: int | None, **files: Path | None) -> None:
             check_writable(option, file)
     if threads:
         torch.set_num_threads(threads)
-
-
-def _wide() -> Console:
-    """The terminal; a file or pipe takes whole rows."""
-    return Console(width=None if sys.stdout.isatty() else 170)
 
 
 @benchmarks.command("ops")
@@ -109,7 +103,7 @@ def ops_command(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    console = _wide()
+    console = wide()
     table = Table(box=None)
     for column in (
         "operator",
@@ -188,7 +182,7 @@ def mixers_command(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    console = _wide()
+    console = wide()
     table = Table(box=None)
     for column in ("operator", "params", "M MACs", "forward ms", "p95", "× first", "training ms", "p95", "× first"):
         table.add_column(column, justify="left" if column == "operator" else "right")
@@ -268,7 +262,7 @@ def models_command(
     for row in result["rows"]:
         for line in model_lines(row):
             table.add_row(*line)
-    console = _wide()
+    console = wide()
     console.print(table)
     for skipped in result["skipped"]:
         console.print(f"left out: {skipped['model']}: {skipped['why']}", highlight=False)

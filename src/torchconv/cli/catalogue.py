@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from torchconv import catalog
 from torchconv._common import check_choice, did_you_mean
+from torchconv.cli._network import wide
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -22,6 +22,14 @@ def _print_json(value: Any) -> None:
 
 def _state(key: str) -> str:
     return "planned" if key in catalog.planned() else "ready"
+
+
+def _table(*columns: str) -> Table:
+    """Names are never cut: what cannot be read cannot be typed."""
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "key"))
+    return table
 
 
 def list_(
@@ -48,11 +56,11 @@ def list_(
         if as_json:
             _print_json([catalog.describe(p) for p in parts])
             return
-        table = Table("name", "paper", "dims", "mixes", "import", "what it is", box=None)
+        table = _table("name", "paper", "dims", "mixes", "import", "what it is")
         for p in parts:
             dims = ",".join(map(str, p.dims))
             table.add_row(p.name, p.paper or "", dims, p.mixes, f"{p.home}.{p.target}", p.summary.replace("``", ""))
-        Console().print(table)
+        wide().print(table)
         return
     methods = list(catalog.papers().values())
     if family is not None:
@@ -61,11 +69,11 @@ def list_(
     if as_json:
         _print_json([{**asdict(m), "state": _state(m.key)} for m in methods])
         return
-    table = Table("key", "state", "family", "year", "idea", box=None)
+    table = _table("key", "state", "family", "year", "idea")
     for m in methods:
         state = _state(m.key)
         table.add_row(m.key, f"[green]{state}[/green]" if state == "ready" else state, m.family, str(m.year), m.idea)
-    Console().print(table)
+    wide().print(table)
 
 
 def show(
@@ -89,14 +97,16 @@ def show(
         method = {**asdict(paper), "state": _state(key)} if paper else None
         _print_json({"method": method, "parts": [catalog.describe(p) for p in named]})
         return
-    console = Console()
+    console = wide()
     if paper:
         console.print(f"[bold]{paper.key}[/bold]  {paper.title}", highlight=False)
-        console.print(f"{paper.authors}, {paper.year}. {paper.url}", highlight=False)
+        console.print(f"{paper.authors}, {paper.year}. {paper.url}", highlight=False, soft_wrap=True)
         for other in paper.also:
-            console.print(f"also: {other['title']}. https://arxiv.org/abs/{other['arxiv']}", highlight=False)
+            also = f"also: {other['title']}. https://arxiv.org/abs/{other['arxiv']}"
+            console.print(also, highlight=False, soft_wrap=True)
         if paper.code:
-            console.print(f"authors' code: {paper.code} ({paper.licence or 'no licence'})", highlight=False)
+            code = f"authors' code: {paper.code} ({paper.licence or 'no licence'})"
+            console.print(code, highlight=False, soft_wrap=True)
         console.print(f"\n{paper.idea}\n", highlight=False)
         console.print(f"family {paper.family}, {_state(key)}", highlight=False)
     for p in named:
@@ -140,10 +150,10 @@ def search(
     if not hits:
         typer.echo("nothing found")
         raise typer.Exit(1)
-    table = Table("key", "kind", "state", "title", box=None)
+    table = _table("key", "kind", "state", "title")
     for h in hits:
         table.add_row(h.key, h.kind, _state(h.key) if h.kind == "method" else "ready", h.title.replace("``", ""))
-    Console().print(table)
+    wide().print(table)
 
 
 def register(app: typer.Typer) -> None:

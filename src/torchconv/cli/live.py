@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from torchconv.cli._network import wide
 from torchconv.compare import Listener
 from torchconv.compare.schedule import in_background
 from torchconv.compare.trial import Trial, read_metrics
@@ -117,7 +118,7 @@ def _count(value: float) -> str:
 
 def print_results(results: dict[str, Any], out: Path) -> None:
     """The table, the verdict and where the report is."""
-    console = Console()
+    console = wide()
     batch = next((c["latency"]["batchN"]["batch"] for c in results["candidates"] if c["status"] == "ok"), "N")
     table = Table(box=None)
     columns = (
