@@ -208,6 +208,24 @@ def test_repulsive_loss_by_hand() -> None:
     assert together.grad.isfinite().all()
     with pytest.raises(ValueError, match="positions"):
         repulsive_loss([])
+    with pytest.raises(ValueError, match=r"positions of shape \(2, 1, 1, 3\)"):
+        repulsive_loss(together)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [9, 34])
+def test_repulsive_loss_as_published(count: int) -> None:
+    """The published loss is a sum over the upper triangle of ``torch.cdist``; from 26 weights on it loses digits."""
+    torch.manual_seed(11)
+    positions = torch.randn(2, 8, 1, count, requires_grad=True)
+    places = positions.flatten(1, -2).permute(1, 2, 0).contiguous()
+    near = (1 - torch.cdist(places, places)).triu(1).clamp_min(0)
+    published = 2 * near.sum() / (count * (count - 1) * 8)
+    (expected,) = torch.autograd.grad(published, positions)
+    loss = repulsive_loss([positions], official=True)
+    torch.testing.assert_close(loss, published)
+    torch.testing.assert_close(torch.autograd.grad(loss, positions)[0], expected, rtol=1e-5, atol=1e-8)
+    double = positions.detach().double()
+    torch.testing.assert_close(repulsive_loss([double], official=True), repulsive_loss([double]))
 
 
 def test_default_count_spends_what_the_dense_kernel_would() -> None:
@@ -280,6 +298,10 @@ def test_functional_errors() -> None:
         dcls_kernel(weight, positions[:1], sigma, (3, 3))
     with pytest.raises(ValueError, match="sigma"):
         dcls_kernel(weight, positions, None, (3, 3))
+    with pytest.raises(ValueError, match=r"^size=3"):
+        dcls_kernel(weight, positions, sigma, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight of dtype torch\.int64"):
+        dcls_kernel(weight.long(), positions, sigma, (3, 3))
     with pytest.raises(ValueError, match="flat_dim"):
         Dcls2dK1d(2, 2, 3, flat_dim=2)
     with pytest.raises(ValueError, match="version"):

@@ -43,7 +43,7 @@ def adapt(case: Case) -> Adapted:
         positions = [n for n in case.inputs if not n.startswith("cotangent")]
 
         def loss(inputs: dict[str, Tensor]) -> Mapping[str, Tensor]:
-            return {"loss": repulsive_loss([inputs[n] for n in positions])}
+            return {"loss": repulsive_loss([inputs[n] for n in positions], official=True)}
 
         return Adapted(loss)
     if name in _LAYERS:
