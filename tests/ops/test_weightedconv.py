@@ -219,6 +219,10 @@ def test_official_defaults_and_loading() -> None:
         ({"density": [0.5, 0.5]}, "density"),
         ({"density": [[0.5]]}, "density"),
         ({"density": [float("nan")]}, "density"),
+        ({"density": 0.7}, "density"),
+        ({"density": ["0.7"]}, "density"),
+        ({"density": [[0.7], 0.7]}, "density"),
+        ({"density": torch.ones(1, 1, 1)}, "density"),
         ({"density": "trained"}, "density"),
         ({"density_init": [0.5]}, "density_init"),
         ({"kernel_size": (3, 5), "density": [0.5]}, "density"),
@@ -234,8 +238,19 @@ def test_errors(options: dict[str, Any], argument: str) -> None:
 def test_functional_errors() -> None:
     with pytest.raises(ValueError, match="density"):
         weighted_conv(torch.zeros(1, 1, 5, 5), torch.zeros(1, 1, 3, 3), torch.ones(2))
+    with pytest.raises(ValueError, match=r"^density="):
+        weighted_conv(torch.zeros(1, 1, 5, 5), torch.zeros(1, 1, 3, 3), [0.5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="ndim"):
         density_kernel(torch.ones(2))
+
+
+def test_densities_as_tensors() -> None:
+    """Values found elsewhere, such as ``other.density``, are taken as they are."""
+    learned = WeightedConv2d(2, 2, (3, 5), density="learned")
+    layer = WeightedConv2d(2, 2, (3, 5), density=[d.detach() for d in learned.density])  # type: ignore[arg-type]
+    torch.testing.assert_close(layer.phi(), learned.phi())
+    flat = WeightedConv2d(2, 2, 5, density=torch.tensor([0.25, 0.5]))  # type: ignore[arg-type]
+    torch.testing.assert_close(flat.density[1], torch.tensor([0.25, 0.5]))
 
 
 @pytest.mark.parametrize("method", ["direct", "probe"])

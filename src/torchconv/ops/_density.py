@@ -67,12 +67,14 @@ def density_kernel(density: Tensor | Sequence[Tensor], ndim: int | None = None) 
         (2h_1 + 1, …, 2h_n + 1).
 
     Raises:
-        ValueError: ``ndim`` is missing.
+        ValueError: ``ndim`` is missing, or the axes are not tensors.
     """
     if isinstance(density, Tensor):
         if ndim is None:
             raise ValueError("ndim=None: give the number of axes, or one density an axis")
         density = [density] * ndim
+    tensors = len(density) > 0 and all(isinstance(d, Tensor) for d in density)
+    check(tensors, "density", density, "give one tensor, or one tensor an axis")
     phi = density_profile(density[0])
     for axis in density[1:]:
         phi = phi.unsqueeze(-1) * density_profile(axis)
@@ -82,17 +84,29 @@ def density_kernel(density: Tensor | Sequence[Tensor], ndim: int | None = None) 
 def per_axis(density: Density, kernel_size: tuple[int, ...], argument: str) -> list[tuple[float, ...]]:
     """One tuple of numbers an axis; a flat list serves all axes of an isotropic kernel."""
     halves = [k // 2 for k in kernel_size]
-    given: list[Any] = list(density)
-    if not any(d is None or isinstance(d, Sequence) for d in given):
+    given = _plain(density)
+    numbers = [isinstance(d, int | float) for d in given] if isinstance(given, list) else [False]
+    right = isinstance(given, list) and (all(numbers) or not any(numbers))
+    check(right, argument, density, "a list of numbers, or one list (or None) an axis")
+    if all(numbers):
         one = f"the kernel {kernel_size} is not isotropic: give one list an axis"
         check(len(set(halves)) == 1, argument, density, one)
         given = [given] * len(kernel_size)
     check(len(given) == len(kernel_size), argument, density, f"give one list for each of {len(kernel_size)} axes")
-    axes = [(1.0,) * h if d is None else tuple(float(v) for v in d) for d, h in zip(given, halves, strict=True)]
-    for axis, half in zip(axes, halves, strict=True):
-        ok = len(axis) == half and all(math.isfinite(v) for v in axis)
-        check(ok, argument, density, f"needs (k − 1)/2 numbers an axis, {halves} for the kernel {kernel_size}")
+    needed = f"needs (k − 1)/2 numbers an axis, {halves} for the kernel {kernel_size}"
+    axes = []
+    for axis, half in zip(given, halves, strict=True):
+        values = [1.0] * half if axis is None else axis
+        real = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        check(real and len(values) == half, argument, density, needed)
+        axes.append(tuple(float(v) for v in values))
     return axes
+
+
+def _plain(value: Any) -> Any:
+    """Lists of numbers for sequences, tensors and arrays."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
