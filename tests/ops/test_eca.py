@@ -167,13 +167,18 @@ def test_gradient_by_the_formula() -> None:
         (lambda: ECA(8, gamma=0), "gamma"),
         (lambda: ECA(8, minimum=2), "minimum"),
         (lambda: ECA(8)(torch.zeros(1, 7, 2)), "x of shape"),
+        (lambda: ECA(8)(torch.zeros(1, 8, 2, dtype=torch.int32)), r"x of dtype torch\.int32"),
         (lambda: eca_logits(torch.zeros(1, 4), torch.zeros(3, 1, 3)), "weight"),
+        (lambda: eca_logits(torch.zeros(1, 4), torch.zeros(3)), "weight"),
         (lambda: eca_logits(torch.zeros(1, 4), torch.zeros(1, 1, 2)), "kernel_size"),
+        (lambda: eca_logits(torch.zeros(1, 2), torch.zeros(1, 1, 7), True), "kernel_size=7: .* at most 5"),
         (lambda: ChannelGate(6, "block", groups=4), "groups"),
         (lambda: ChannelGate(6, "band"), "form"),
         (lambda: ECAConv2d(3, 8, gate_kernel_size=2), "kernel_size"),
         (lambda: ECAInvertedResidual(8, 8, 3, 6), "stride"),
         (lambda: ECAResNet(ECABasicBlock, (1, 1), "357"), "k_size"),
+        (lambda: ECAResNet(ECABasicBlock, (1, 1), "3a"), "k_size"),
+        (lambda: ECAResNet(ECABasicBlock, (1, 1), 35), "k_size"),  # type: ignore[arg-type]
         (lambda: kernel_sizes({"conv1.weight": torch.zeros(1)}), "state"),
     ],
 )

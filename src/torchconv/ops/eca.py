@@ -75,12 +75,18 @@ def eca_logits(y: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     Raises:
         ValueError: ``weight`` fits neither form, k is even, or too large for the circular form.
     """
-    channels, (rows, one, k) = y.shape[1], weight.shape
-    fits = rows in (1, channels) and one == 1
+    channels = y.shape[1]
+    fits = weight.dim() == 3 and weight.shape[0] in (1, channels) and weight.shape[1] == 1
     check(fits, "weight", tuple(weight.shape), f"expected (1, 1, k) or ({channels}, 1, k)")
+    rows, _, k = weight.shape
     check(k % 2 == 1, "kernel_size", k, "the channel kernel needs a centre: use an odd size")
     p = (k - 1) // 2
-    check(not circular or p <= channels, "kernel_size", k, f"circular over {channels} channels: at most {2 * p + 1}")
+    check(
+        not circular or p <= channels,
+        "kernel_size",
+        k,
+        f"circular over {channels} channels: at most {2 * channels + 1}",
+    )
     if rows == 1 and not circular:
         return F.conv1d(y.unsqueeze(1), weight, padding=p).squeeze(1)
     padded = F.pad(y.unsqueeze(1), (p, p), mode="circular" if circular else "constant")
@@ -121,6 +127,8 @@ def _scale(x: Tensor, gates: Tensor, residual: Tensor | None = None) -> Tensor:
 def _check_map(x: Tensor, channels: int) -> None:
     if x.dim() < 2 or x.shape[1] != channels:
         raise ValueError(f"x of shape {tuple(x.shape)}: expected (N, {channels}, *spatial)")
+    if not x.is_floating_point():
+        raise ValueError(f"x of dtype {x.dtype}: means and gates are real numbers, convert it to a floating dtype")
 
 
 @part(

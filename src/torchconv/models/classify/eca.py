@@ -151,8 +151,11 @@ class ECAResNet(Backbone):
         super().__init__()
         check(drop_path_rate == 0, "drop_path_rate", drop_path_rate, "ECA-ResNet has no drop path; leave it at 0")
         check_choice("global_pool", global_pool, POOLS)
+        one_each = f"give one size for each of the {len(layers)} stages"
+        readable = k_size.isdecimal() if isinstance(k_size, str) else k_size is None or isinstance(k_size, Sequence)
+        check(readable, "k_size", k_size, one_each)
         sizes = (None,) * len(layers) if k_size is None else tuple(int(k) for k in k_size)
-        check(len(sizes) == len(layers), "k_size", k_size, f"give one size for each of the {len(layers)} stages")
+        check(len(sizes) == len(layers), "k_size", k_size, one_each)
         self.in_chans, self.num_classes, self.inplanes, self.global_pool = in_chans, num_classes, 64, global_pool
         self.feature_info = []
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
