@@ -16,7 +16,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from torch.nn.utils import parametrize
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
-from torchconv.models.generate.steps import Argument, Steps, as_steps
 from torchconv.ops._common import CONV
 from torchconv.ops.scalecrafter import check_factor, check_same_conv, redilate_conv, step_factor
 from torchconv.ops.scalecrafter_dispersed import disperse_kernel, dispersion_matrix
 from torchconv.surgery.structure import Edit, note, verb
+
+if TYPE_CHECKING:  # the networks bring timm along, which takes longer to import than the rest
+    from torchconv.models.generate.steps import Argument, Steps
 
 Patterns = str | Sequence[str]
 Layers = Patterns | Mapping[str, float] | Callable[[str, nn.Module], bool]
@@ -221,6 +223,8 @@ def redilate(
         check(not progressive, "progressive", progressive, "the factor falls with the steps: give steps=(τ, N)")
         check(disperse_steps is None, "disperse_steps", disperse_steps, "give steps=(τ, N) too")
     else:
+        from torchconv.models.generate.steps import Argument, as_steps
+
         schedule = as_steps(steps, timesteps)
         edit["steps"], edit["timesteps"] = [schedule.active, schedule.total], schedule.timesteps
         edit["argument"] = Argument.timestep(new, argument).name
@@ -251,6 +255,8 @@ def _carry_out(model: nn.Module, edit: Edit) -> None:
         conv.scale, conv.matrix = edit["layers"].get(path), matrix
         conv.at(0, tau, progressive, disperse_tau)
     if steps is not None:
+        from torchconv.models.generate.steps import Argument, as_steps
+
         argument = Argument.timestep(model, edit["argument"])
         hook = _SetStep(as_steps(steps, edit["timesteps"]), argument, progressive, disperse_tau)
         model.register_forward_pre_hook(hook, with_kwargs=True)
