@@ -243,3 +243,8 @@ def test_block_refusals_name_the_argument() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{argument}="):
             UniRepLKNetBlock(**{"dim": 8, "kernel_size": 7, **options})
+
+
+@pytest.mark.parametrize("start", [None, 0, 0.0, -1.0])
+def test_no_layer_scale(start: float | None) -> None:
+    assert UniRepLKNetBlock(4, 3, layer_scale_init_value=start).gamma is None

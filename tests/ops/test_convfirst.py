@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.ops.harness import randomise
+from tests.parity.convfirst import width_used
 from torchconv.analysis.count import count
 from torchconv.ops.convfirst import MLP, Block, ConvFirst, FusedMBConv, MBConv
 from torchconv.ops.convfirst_fusion import FusedBlock, Tile, plan_tile
@@ -204,3 +205,10 @@ def test_stack() -> None:
         torch.testing.assert_close(stack(x), expected)
         torch.testing.assert_close(stack.merge()(x), expected, rtol=1e-5, atol=1e-5)
     assert len(StackedBlocks(8, depth=0, extra_depth=0).blocks) == 0
+
+
+def test_cases_whose_group_width_leaves_a_remainder() -> None:
+    assert width_used("ConvFirst", {"in_channels": 20, "group_width": 8}) == 10
+    assert width_used("MBConv", {"in_channels": 3}) == 12
+    assert width_used("StackedBlocks", {"num_channels": 20, "expansion_ratio": 1}) == 10
+    assert width_used("StackedBlocks", {"num_channels": 20, "block_cls": "ConvFirst", "group_width": 5}) == 5

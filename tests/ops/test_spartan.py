@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.ops.harness import randomise
+from tests.parity.spartan import widths_used
 from torchconv.models.classify.spartan import SpaRTAN, SpaRTANBlock, read_official, spartan_s
 from torchconv.ops.spartan import CMixer, SMixer, rotate_pairs
 
@@ -157,3 +158,11 @@ def test_layout_is_read_off_the_tensors(layout: tuple[Any, ...]) -> None:
     twin.load_state_dict(model.state_dict())
     assert tuple(map(tuple, (found["layer_depths"], found["dims"]))) == (layout[0], layout[3])
     assert twin.eval()(torch.ones(1, 3, 64, 64)).equal(model.eval()(torch.ones(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("depths", "widths"), [((1, 1, 1, 1), [16, 24, 32]), ((1, 0, 1, 1), [16, 16, 32]), ((0, 1, 1, 0), [8, 24, 32])]
+)
+def test_cases_with_an_empty_stage_keep_its_width(depths: tuple[int, ...], widths: list[int]) -> None:
+    assert widths_used(8, (16, 24, 32), depths) == widths
+    SpaRTAN(3, 3, depths, (2, 2, 2, 2), 8, widths)

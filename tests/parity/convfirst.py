@@ -43,6 +43,8 @@ def _module(case: Case) -> Adapted:
     options = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items() if n not in without}
     if isinstance(options.get("act_cls"), str):
         options["act_cls"] = getattr(nn, options["act_cls"].rpartition(".")[2])
+    if name in ("ConvFirst", "MBConv", "StackedBlocks"):
+        options["group_width"] = width_used(name, options)
     module = MODULES[name](**options)
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +52,15 @@ def _module(case: Case) -> Adapted:
         return {"y": y, **{f"after.{n}": b for n, b in module.named_buffers() if f"after.{n}" in case.outputs}}
 
     return Adapted(forward, module)
+
+
+def width_used(name: str, options: Mapping[str, Any]) -> int:
+    """The width that the author's ``channels // group_width`` groups really have; ours refuses a remainder."""
+    channels, width = options.get("in_channels", options.get("num_channels", 64)), options.get("group_width", 8)
+    if "MBConv" in (name, options.get("block_cls", "MBConv" if name == "StackedBlocks" else None)):
+        channels = int(channels * options.get("expansion_ratio", 4))
+    groups = channels // width
+    return channels // groups if groups and channels % groups == 0 else width
 
 
 def _statistics(config: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from torchconv.models.classify.unireplknet_series import StationEmbedding, decom
 from torchconv.ops.unireplknet import GRN, DilatedReparamConv2d
 
 # Options of the authors' constructors that choose an implementation, not a result.
-WITHOUT_EFFECT = {"attempt_use_lk_impl", "with_cp", "use_sync_bn", "init_cfg", "thresholds", "imgblock_dim"}
+WITHOUT_EFFECT = {"attempt_use_lk_impl", "disable_iGEMM", "with_cp", "use_sync_bn", "init_cfg", "thresholds"}
+WITHOUT_EFFECT |= {"imgblock_dim"}
 
 
 def options(case: Case, *left_out: str, **renamed: str) -> dict[str, Any]:

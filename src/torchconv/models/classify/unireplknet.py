@@ -56,7 +56,7 @@ class UniRepLKNet(Backbone):
         depths: blocks of the four stages.
         dims: channels of the four stages.
         drop_path_rate: drop path of the last block, rising linearly from 0.
-        layer_scale_init_value: start of every block's γ; None or 0 removes it.
+        layer_scale_init_value: start of every block's γ; None, 0 or a negative number removes it.
         head_init_scale: factor on the initial classifier weights.
         kernel_sizes: one kernel size a block, by stage; None takes the paper's for the paper's depths.
         deploy: build the merged form.

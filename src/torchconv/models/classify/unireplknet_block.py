@@ -82,7 +82,7 @@ class UniRepLKNetBlock(nn.Module):
         dim: channels C ≥ 4 (the squeeze-excitation has C // 4 hidden units).
         kernel_size: 0 (no spatial mixing), 3 or 5 (plain depthwise), or 7, 9 … 17 (with dilated branches).
         drop_path: probability in [0, 1) of dropping the residual of a sample in training.
-        layer_scale_init_value: start of γ; None or 0 removes it.
+        layer_scale_init_value: start of γ; None, 0 or a negative number removes it.
         deploy: build the merged form: no batch norm, γ or GRN bias, biases in the convolution and both linear layers.
         ffn_factor: hidden width over C, > 0; int(ffn_factor·C) units.
 
@@ -137,7 +137,7 @@ class UniRepLKNetBlock(nn.Module):
         self.act = nn.Sequential(nn.GELU(), GRN(hidden, use_bias=not deploy, **options))
         tail = [] if deploy else [nn.BatchNorm2d(dim, **options)]
         self.pwconv2 = nn.Sequential(nn.Linear(hidden, dim, bias=deploy, **options), ToChannelsFirst(), *tail)
-        scaled = bool(layer_scale_init_value) and not deploy
+        scaled = (layer_scale_init_value or 0) > 0 and not deploy
         self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale_init_value or 0), **options)) if scaled else None
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
 
