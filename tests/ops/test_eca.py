@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.parity.core import Case, run_case
+from tests.parity.eca import adapt
 from torchconv.models.classify.eca import (
     VARIANTS,
     ECABasicBlock,
@@ -349,6 +350,26 @@ def test_adapter_builds_blocks(config: dict[str, Any], training: bool) -> None:
     x = torch.randn(2, inplanes, 6, 7, dtype=torch.float64)
     source = "models/eca_resnet.py:ECABasicBlock"
     check_case(source, config, PlainBlock(block), x, torch.float64, training=training, prefix="block.")
+
+
+@pytest.mark.parametrize("name", ["ECA_MobileNetV2", "eca_mobilenet_v2"])
+def test_adapter_builds_networks(name: str) -> None:
+    torch.manual_seed(0)
+    config = {"num_classes": 3, "width_mult": 0.1}
+    x = torch.randn(2, 3, 33, 40, dtype=torch.float64)
+    network = ECAMobileNetV2(**config)  # type: ignore[arg-type]
+    check_case(f"models/eca_mobilenetv2.py:{name}", config, network, x, torch.float64, training=False, prefix="")
+
+
+@pytest.mark.parametrize("k_size", [None, "3557", [3, 5, 7, 7]])
+def test_adapter_builds_residual_networks_with_the_authors_default(k_size: Any) -> None:
+    """Without sizes the authors' networks take 3 in every stage; ours take those of the published checkpoints."""
+    config = {"num_classes": 2} if k_size is None else {"num_classes": 2, "k_size": k_size}
+    source = "models/eca_resnet.py:eca_resnet18"
+    with torch.device("meta"):
+        network = adapt(Case("eca", "made", config, source, "eval", "", None, None, {}, {}, {}, {})).module
+    assert isinstance(network, ECAResNet)
+    assert kernel_sizes(network.state_dict()) == tuple(int(k) for k in k_size or "3333")
 
 
 def check_case(

@@ -1,4 +1,4 @@
-"""Efficient channel attention: the gates of the authors and of timm, and the authors' blocks."""
+"""Efficient channel attention: the gates of the authors and of timm, the authors' blocks and networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
-from torchconv.models.classify.eca import ECABasicBlock, ECABottleneck, ECAInvertedResidual, shortcut
+from torchconv.models.classify.eca import (
+    VARIANTS,
+    ECABasicBlock,
+    ECABottleneck,
+    ECAInvertedResidual,
+    ECAMobileNetV2,
+    shortcut,
+)
 from torchconv.ops.eca import ECA
 
 
@@ -33,7 +40,7 @@ def _residual(block: Any, config: dict[str, Any]) -> nn.Module:
 
 
 def adapt(case: Case) -> Adapted:
-    """Build the gate or block named in ``source`` from the config."""
+    """Build the gate, block or network named in ``source`` from the config."""
     config, name = case.config, case.source.split(":")[-1].split()[0]
     module: nn.Module
     if name == "ECABasicBlock":
@@ -44,6 +51,11 @@ def adapt(case: Case) -> Adapted:
         module = ECAInvertedResidual(
             config["inp"], config["oup"], config["stride"], config["expand_ratio"], config.get("k_size", 3)
         )
+    elif name == "ECA_MobileNetV2":
+        module = ECAMobileNetV2(**config)
+    elif name in VARIANTS:
+        stages = {"k_size": config.get("k_size", (3, 3, 3, 3))} if "resnet" in name else {}
+        module = VARIANTS[name](**{**config, **stages})
     elif name in ("eca_layer", "EcaModule", "CecaModule", "EfficientChannelAttn", "CircularEfficientChannelAttn"):
         name = "CecaModule" if name.startswith("C") else name
         module = _gate(case, name, timm=name != "eca_layer")
