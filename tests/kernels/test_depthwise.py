@@ -358,6 +358,22 @@ def test_refuses(x, w, options, message):
         depthwise_conv2d(torch.zeros(x), torch.zeros(w), **options)
 
 
+def test_bfloat16_channels_last_is_widened_for_wide_kernels(monkeypatch):
+    """PyTorch's own convolution of these does not return in minutes."""
+    types = []
+
+    def convolve(x, *rest):
+        types.append(x.dtype)
+        return F.conv2d(x, *rest)
+
+    monkeypatch.setattr(forms, "CONVOLVE", (None, None, convolve))
+    x, w, _ = (t.detach() for t in tensors((2, 16, 14, 40), (16, 1, 3, 15), torch.bfloat16))
+    y = forms.native(x.contiguous(memory_format=torch.channels_last), w, None, geometry(x.shape, w.shape, 1, (1, 7), 1))
+    assert types == [torch.float32]
+    assert y.dtype == torch.bfloat16
+    assert_close([y], [F.conv2d(x.double(), w.double(), padding=(1, 7), groups=16)], 1e-2)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_may_be_changed_in_place(backend):
     x, w, b = tensors((2, 3, 6, 6), (3, 1, 3, 3))

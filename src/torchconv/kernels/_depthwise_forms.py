@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchconv.kernels._layout import channels_last_format
+from torchconv.kernels._layout import channels_last_format, is_channels_last
 
 CONVOLVE: tuple[Any, ...] = (None, F.conv1d, F.conv2d, F.conv3d)
 _Ints = tuple[int, ...]
 MOST_PADDING = 6  # zeros on a side of the last axis that PyTorch's fast kernels add themselves
+_WIDE = 7  # columns of a kernel up to which PyTorch's bfloat16 channels-last convolutions are as quick as others
 _FFT_BLOCK = 1 << 19  # numbers per block of channels: two megabytes of float32, which stay in the second-level cache
 _SCRATCH = 1 << 18  # numbers of a scratch that holds padded planes: one megabyte of float32
 _IMAGES = 1 << 19  # numbers of the images convolved at one time
@@ -54,7 +55,14 @@ class Geometry(NamedTuple):
 # --- native: what torch.nn.functional does ---------------------------------------------------------------------------
 
 
+def stuck(x: Tensor, w: Tensor) -> bool:
+    """PyTorch 2.14 hardly returns from bfloat16 channels-last convolutions with wide kernels on a CPU."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and w.shape[-1] > _WIDE and is_channels_last(x)
+
+
 def native(x: Tensor, w: Tensor, bias: Tensor | None, geo: Geometry) -> Tensor:
+    if stuck(x, w):
+        return native(x.float(), w.float(), None if bias is None else bias.float(), geo).to(x.dtype)
     out: Tensor = CONVOLVE[geo.ndim](x, w, bias, geo.stride, geo.padding, geo.dilation, geo.channels)
     return out
 

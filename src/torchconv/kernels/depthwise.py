@@ -155,7 +155,8 @@ def same(ndim: int, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tu
     x = F.pad(x, extra) if extra else x
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     work = x.numel() * (weight.numel() // weight.shape[0])
-    if not training and work <= _SMALL and padding[-1] <= min(forms.MOST_PADDING, x.shape[-1]):
+    quick = padding[-1] <= min(forms.MOST_PADDING, x.shape[-1]) and not forms.stuck(x, weight)
+    if not training and work <= _SMALL and quick:
         return _convolve(ndim, x, weight, bias, 1, padding, dilation)
     return _depthwise(ndim, x, weight, bias, 1, padding, dilation, "auto")
 
