@@ -1,4 +1,4 @@
-"""Other signals as images: the identities of the specification, brute force for the projection, and refusals."""
+"""Other signals as images: what the definitions imply, brute force for the projection, and refusals."""
 
 from __future__ import annotations
 
@@ -205,3 +205,29 @@ def test_too_few_points_and_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="4 columns"):
         stations(torch.randn(3, 5, 2), torch.zeros(3, 5, 2))
     assert isinstance(stations.dropout, nn.Dropout)
+
+
+def test_no_clouds_give_no_images() -> None:
+    projection = PointProjection(local_size=2, trans_dim=2, graph_dim=4, img_size=8, obj_size=8, num_views=2).eval()
+    assert projection(torch.zeros(0, 5, 3)).shape == (0, 3, 8, 8)
+
+
+def test_series_that_do_not_fit() -> None:
+    x, mark = torch.zeros(4, 5, 2), torch.zeros(4, 5, 4)
+    for kind in ("fixed", "timeF"):
+        embedding = StationEmbedding(2, 4, torch.randn(2, 3), 2, embed_type=kind)
+        for wrong in (torch.zeros(5, 2), torch.zeros(4, 0, 2), torch.zeros(4, 5, 3)):
+            with pytest.raises(ValueError, match="x of shape"):
+                embedding(wrong, mark)
+        for other in (mark[:, :4], mark[..., :3], mark[0]):
+            with pytest.raises(ValueError, match="x_mark of shape"):
+                embedding(x, other)
+    flat = torch.zeros(4, 4)
+    for name, call in (
+        ("x", decompose_series),
+        ("tokens", series_to_image),
+        ("features", map_to_tokens),
+        ("spectrogram", lambda t: spectrogram_to_image(t, 8)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}=\(4, 4\)"):
+            call(flat)

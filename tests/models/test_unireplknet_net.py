@@ -248,3 +248,12 @@ def test_block_refusals_name_the_argument() -> None:
 @pytest.mark.parametrize("start", [None, 0, 0.0, -1.0])
 def test_no_layer_scale(start: float | None) -> None:
     assert UniRepLKNetBlock(4, 3, layer_scale_init_value=start).gamma is None
+
+
+def test_network_says_what_does_not_fit() -> None:
+    net = UniRepLKNet(**SMALL)
+    for shape in ((3, 32, 32), (1, 4, 32, 32)):
+        with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
+            net(torch.zeros(shape))
+    with pytest.raises(ValueError, match="kernel_sizes"):
+        UniRepLKNet(**{**SMALL, "kernel_sizes": (3, 3, 3, 3)})

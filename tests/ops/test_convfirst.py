@@ -212,3 +212,22 @@ def test_cases_whose_group_width_leaves_a_remainder() -> None:
     assert width_used("MBConv", {"in_channels": 3}) == 12
     assert width_used("StackedBlocks", {"num_channels": 20, "expansion_ratio": 1}) == 10
     assert width_used("StackedBlocks", {"num_channels": 20, "block_cls": "ConvFirst", "group_width": 5}) == 5
+
+
+@pytest.mark.parametrize("name", sorted(BUILD))
+@pytest.mark.parametrize("shape", [(8, 5, 5), (2, 3, 5, 5)])
+def test_inputs_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    block = made(name)
+    for form in (block, block.merge(), block.fuse(), block.fuse(3)):
+        with pytest.raises(ValueError, match=r"x of shape .*expected \(N, 8, H, W\)"):
+            form(torch.zeros(shape))
+
+
+def test_fused_block_names_a_map_without_positions() -> None:
+    with pytest.raises(ValueError, match="leaves no outputs"):
+        made("MLP").fuse()(torch.zeros(1, 8, 0, 5))
+
+
+def test_no_channels_are_called_by_their_name() -> None:
+    with pytest.raises(ValueError, match="in_channels=0"):
+        ConvFirst(0, 8)

@@ -166,3 +166,16 @@ def test_layout_is_read_off_the_tensors(layout: tuple[Any, ...]) -> None:
 def test_cases_with_an_empty_stage_keep_its_width(depths: tuple[int, ...], widths: list[int]) -> None:
     assert widths_used(8, (16, 24, 32), depths) == widths
     SpaRTAN(3, 3, depths, (2, 2, 2, 2), 8, widths)
+
+
+@pytest.mark.parametrize("part", [SMixer(8), CMixer(8), SpaRTANBlock(8), SpaRTAN(2, 8, (1,), (2,), 8, ())])
+@pytest.mark.parametrize("shape", [(8, 9, 9), (2, 3, 9, 9)])
+def test_inputs_that_do_not_fit(part: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x of shape .*expected \(N, 8, H, W\)"):
+        part(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("option", "value"), [("dropout", 1.5), ("layer_depths", (-1, 1))])
+def test_network_names_the_wrong_argument(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=option):
+        SpaRTAN(**{"layer_depths": (1, 1), "expand_ratios": (2, 2), "init_dim": 8, "dims": (8,), option: value})  # type: ignore[arg-type]

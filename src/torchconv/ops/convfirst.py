@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchconv._common import Size, check, check_positive, ntuple
 from torchconv.catalog import part
-from torchconv.ops._common import fold_bn, make_conv
+from torchconv.ops._common import check_input, fold_bn, make_conv
 from torchconv.ops.convfirst_fusion import BUDGET, FusedBlock, tiled
 
 Activation = Callable[[], nn.Module]
@@ -30,10 +30,12 @@ class Block(nn.Module):
     """A residual block; see the classes below.
 
     Attributes:
+        in_channels: channels of the input.
         residual: whether the input is added: where the shape stays.
         drop: applied to the branch before the addition, for stochastic depth.
     """
 
+    in_channels: int
     residual: bool
     drop: nn.Module
 
@@ -43,6 +45,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x``."""
+        check_input(x, self.in_channels, 2)
         y = self.branch(x)
         return x + self.drop(y) if self.residual else y
 
@@ -72,6 +75,7 @@ class _Layers(Block):
 
     def _start(self, layers: list[nn.Module], residual: bool, options: dict[str, Any]) -> None:
         self.layers = nn.Sequential(*layers)
+        self.in_channels = cast(nn.Conv2d, layers[0]).in_channels
         self.residual = residual
         self.drop = nn.Identity()
         if options:
@@ -112,6 +116,7 @@ def _conv(before: int, after: int, kernel: Size = 1, stride: Size = 1, width: in
 
 def hidden_channels(channels: int, ratio: float) -> int:
     """Channels of the expanded map."""
+    check_positive("in_channels", channels)
     check(channels * ratio >= 1, "expansion_ratio", ratio, "leaves no hidden channels")
     return int(channels * ratio)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from torchconv._common import Size, check, check_positive, ntuple
 from torchconv.kernels._layout import is_channels_last
-from torchconv.ops._common import apply_conv, conv_nd
+from torchconv.ops._common import apply_conv, check_input, conv_nd
 
 BUDGET = 1 << 22  # bytes: a core's share of the last-level cache; smaller tiles pay more for starting kernels
 
@@ -146,6 +146,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x``."""
+        check_input(x, (self.first or self.expand).in_channels, 2)
         if self.tile is None and self.budget is None:
             y = self._hidden(self._before(x, None), None, None)
             return x + y if self.residual else y
@@ -176,7 +177,9 @@ class FusedBlock(nn.Module):
         return rows, columns
 
     def _by_tiles(self, x: Tensor) -> Tensor:
-        tile, (height, width) = self.tile_for(x), self._out_size(x)
+        height, width = self._out_size(x)
+        check(min(height, width) > 0, "x", tuple(x.shape), "leaves no outputs: the map is too small")
+        tile = self.tile_for(x)
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         y: Tensor | None = None
         for n in range(0, x.shape[0], tile.samples):

@@ -75,6 +75,7 @@ class ConvNeXt(Block):
         super().__init__()
         check(out_channels in (None, in_channels), "out_channels", out_channels, f"the block keeps its {in_channels}")
         hidden = hidden_channels(in_channels, expansion_ratio)
+        self.in_channels = in_channels
         self.residual = keeps_shape(in_channels, in_channels, 1, kernel_size)
         self.conv_dw = grouped_conv(in_channels, in_channels, kernel_size, 1, group_width, bias=True)
         self.norm = ChannelNorm(in_channels, eps=1e-6)

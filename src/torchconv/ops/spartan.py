@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.kernels._layout import is_channels_last
-from torchconv.ops._common import fold_bn, make_conv
+from torchconv.ops._common import check_input, fold_bn, make_conv
 
 
 class ConvNormAct(nn.Module):
@@ -152,6 +152,7 @@ class SMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix positions of ``x``."""
+        check_input(x, self.proj_in.in_channels, 2)
         x = self.proj_in(x)
         x = x + self.gamma * (x - x.mean((2, 3), keepdim=True))
         y: Tensor = self.proj_out(torch.cat([self.h_attn(self.h_conv(x)), self.l_attn(self.l_conv(x))], 1))
@@ -203,6 +204,7 @@ class CMixer(nn.Module):
 
     def __init__(self, channels: int, expand_ratio: int = 4, groups: int = 1, **options: Any) -> None:
         super().__init__()
+        check_positive("channels", channels)
         check(channels >= 4, "channels", channels, "must be at least 4")
         check(expand_ratio > 1, "expand_ratio", expand_ratio, "must be above 1")
         check_positive("groups", groups)
@@ -218,6 +220,7 @@ class CMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix channels of ``x``."""
+        check_input(x, self.theta.in_channels, 2)
         strongest = x.max(1, keepdim=True).indices  # the first one, as argmax, which takes three times as long
         f = self.proj(x) * F.gelu(self.theta(x))
         f = f + f.gather(1, strongest)

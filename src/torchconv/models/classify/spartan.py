@@ -21,7 +21,7 @@ from torchconv.catalog import part
 from torchconv.models._backbone import Backbone
 from torchconv.models._drop_path import DropPath
 from torchconv.models._registry import register_model
-from torchconv.ops._common import ChannelNorm
+from torchconv.ops._common import ChannelNorm, check_input
 from torchconv.ops.spartan import CMixer, ConvNormAct, SMixer
 
 
@@ -49,6 +49,7 @@ class SpaRTANBlock(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        check_positive("channels", channels)
 
         def norm() -> nn.Module:
             return nn.GroupNorm(1, channels, eps=1e-6) if use_group else ChannelNorm(channels, eps=1e-6)
@@ -62,6 +63,7 @@ class SpaRTANBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x``."""
+        check_input(x, self.smixer.proj_in.in_channels, 2)
         y = self.smixer(self.norm_1(x))
         x = x + self.drop_path(y if self.scale_1 is None else self.scale_1 * y)
         y = self.cmixer(self.norm_2(x))
@@ -124,6 +126,8 @@ class SpaRTAN(Backbone):
         check_positive("in_chans", in_chans)
         count = len(layer_depths)
         check(count > 0, "layer_depths", tuple(layer_depths), "give at least one stage")
+        check(min(layer_depths) >= 0, "layer_depths", tuple(layer_depths), "must not be negative")
+        check(0 <= dropout < 1, "dropout", dropout, "must be at least 0 and below 1")
         check(
             len(expand_ratios) == count, "expand_ratios", tuple(expand_ratios), f"give one for each of {count} stages"
         )
@@ -160,7 +164,9 @@ class SpaRTAN(Backbone):
 
     def stage(self, index: int, x: Tensor) -> Tensor:
         """Stage ``index``: the stem or the downsampling before it, and its blocks."""
-        x = self.conv(x) if index == 0 else x
+        if index == 0:
+            check_input(x, self.in_chans, 2)
+            x = self.conv(x)
         return self.run(list(self.layers)[self.bounds[index] : self.bounds[index + 1]], x)
 
     def merge(self) -> SpaRTAN:

@@ -22,6 +22,7 @@ from torchconv.catalog import part
 from torchconv.models._backbone import POOLS, Backbone
 from torchconv.models._registry import register_model
 from torchconv.models.classify.unireplknet_block import LayerNorm2d, UniRepLKNetBlock
+from torchconv.ops._common import check_input
 
 Kernels = Sequence[Sequence[int]]
 
@@ -106,6 +107,8 @@ class UniRepLKNet(Backbone):
         if kernel_sizes is None:
             check(depths in DEFAULT_KERNELS, "kernel_sizes", None, f"depths {depths} have no default; give one a block")
             kernel_sizes = DEFAULT_KERNELS[depths]
+        nested = all(isinstance(stage, Sequence) for stage in kernel_sizes)
+        check(nested, "kernel_sizes", kernel_sizes, "must give a list of kernel sizes for every stage")
         kernels = tuple(tuple(stage) for stage in kernel_sizes)
         check(tuple(map(len, kernels)) == depths, "kernel_sizes", kernels, f"must give one a block of depths {depths}")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -151,6 +154,8 @@ class UniRepLKNet(Backbone):
 
     def stage(self, index: int, x: Tensor) -> Tensor:
         """Reduction and blocks of one stage."""
+        if index == 0:
+            check_input(x, self.in_chans, 2)
         blocks: Any = self.stages[index]
         return self.run(blocks, self.downsample_layers[index](x))
 

@@ -257,11 +257,11 @@ class PointProjection(nn.Module):
 
     def point_features(self, points: Tensor) -> Tensor:
         """Features (B, graph_dim, N) of the points (B, N, 3)."""
-        batch, count, _ = points.shape
+        count = points.shape[1]
         check(self.local_size <= count, "local_size", self.local_size, f"must be at most the {count} points")
         f = self.input_trans(points.transpose(1, 2))
         with torch.no_grad():
-            index = nearest(points, self.local_size).reshape(batch, 1, -1).expand(-1, f.shape[1], -1)
+            index = nearest(points, self.local_size).flatten(1)[:, None].expand(-1, f.shape[1], -1)
         neighbours = f.gather(2, index).unflatten(2, (count, self.local_size))
         own = f[..., None].expand_as(neighbours)
         edges = self.graph_layer(torch.cat((neighbours - own, own), 1)).amax(-1)

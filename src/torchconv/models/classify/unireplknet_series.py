@@ -90,6 +90,9 @@ class TimeFeatureEmbedding(nn.Module):
 
     def forward(self, mark: Tensor) -> Tensor:
         """Embed the features of ``mark``."""
+        width = self.embed.in_features
+        if mark.shape[-1] != width:
+            raise ValueError(f"x_mark of shape {tuple(mark.shape)}: expected {width} features on the last axis")
         y: Tensor = self.embed(mark.to(self.embed.weight.dtype))
         return y
 
@@ -186,6 +189,11 @@ class StationEmbedding(nn.Module):
 
     def forward(self, x: Tensor, x_mark: Tensor) -> Tensor:
         """Embed the series ``x`` with their times ``x_mark``."""
+        channels = self.value_embedding.tokenConv.in_channels
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != channels:
+            raise ValueError(f"x of shape {tuple(x.shape)}: expected (B·{self.node_num}, L ≥ 1, {channels})")
+        if x_mark.dim() != 3 or x_mark.shape[:2] != x.shape[:2]:
+            raise ValueError(f"x_mark of shape {tuple(x_mark.shape)}: expected {tuple(x.shape[:2])} times its columns")
         rows = x.shape[0]
         if rows % self.node_num:
             raise ValueError(f"x of shape {tuple(x.shape)}: the first axis must be a multiple of {self.node_num} nodes")
@@ -213,6 +221,7 @@ def decompose_series(x: Tensor, kernel_size: int = 25) -> tuple[Tensor, Tensor]:
     """
     check_positive("kernel_size", kernel_size)
     check(kernel_size % 2 == 1, "kernel_size", kernel_size, "must be odd, an even window has no centre")
+    check(x.dim() == 3 and x.shape[1] > 0, "x", tuple(x.shape), "must have three axes (N, L, D), L at least 1")
     half = kernel_size // 2
     padded = F.pad(x.transpose(1, 2), (half, half), mode="replicate") if half else x.transpose(1, 2)
     trend = F.avg_pool1d(padded, kernel_size, stride=1).transpose(1, 2)
@@ -221,6 +230,7 @@ def decompose_series(x: Tensor, kernel_size: int = 25) -> tuple[Tensor, Tensor]:
 
 def series_to_image(tokens: Tensor) -> Tensor:
     """The L·d numbers of every row of (N, L, d), read in order, as a square image (N, 1, √(Ld), √(Ld))."""
+    check(tokens.dim() == 3, "tokens", tuple(tokens.shape), "must have three axes (N, L, d)")
     numbers = tokens.shape[1] * tokens.shape[2]
     side = math.isqrt(numbers)
     check(side * side == numbers, "tokens", tuple(tokens.shape), "length times width must be a square number")
@@ -229,6 +239,7 @@ def series_to_image(tokens: Tensor) -> Tensor:
 
 def map_to_tokens(features: Tensor) -> Tensor:
     """A feature map (N, C, H, W) as H·W tokens (N, H·W, C)."""
+    check(features.dim() == 4, "features", tuple(features.shape), "must have four axes (N, C, H, W)")
     return features.flatten(2).transpose(1, 2)
 
 
@@ -247,6 +258,7 @@ def spectrogram_to_image(
     """
     check_positive("frames", frames)
     check(std > 0, "std", std, "must be positive")
+    check(spectrogram.dim() == 3, "spectrogram", tuple(spectrogram.shape), "must have three axes (N, T, F)")
     x = spectrogram[:, :frames]
     x = F.pad(x, (0, 0, 0, frames - x.shape[1]))
     return ((x - mean) / (2 * std)).transpose(1, 2)[:, None]
