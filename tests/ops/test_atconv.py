@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.parity.core import Case, run_case
 from torchconv.models.classify.atconv import GLU, VARIANTS, AttNet, Block, DropPath
 from torchconv.ops.atconv import ATConv1d, ATConv2d, ATConv3d, ATConvTokens, attentive_conv, band_means
 
@@ -266,3 +267,21 @@ def test_claim_task_shifts_as_the_code_says():
     for image, target in zip(x, y, strict=True):
         moved = image[0, :-1] if image[2, 0, 0] else image[0, :, :-1]
         assert torch.equal(target[0, 1:] if image[2, 0, 0] else target[0, :, 1:], moved)
+
+
+def test_parity_of_tokens_between_convolutions():
+    """The authors' second token form: 1 × 1 convolutions and SiLU, no options but those the state shows."""
+    layer = randomise(ATConv2d(3, kernel_size=3, bias=False, activation="silu"))
+    x = noise(2, 16, 3)
+    y = layer(x.transpose(1, 2).unflatten(2, (4, 4))).flatten(2).transpose(1, 2).detach()
+    state = {n: t.detach().clone() for n, t in layer.state_dict().items()}
+    case = Case("atconv", "made", {"dim": 3}, "", "eval", "", None, None, state, {"x": x}, {"y": y}, {})
+    assert all(t.passed for t in run_case(case))
+
+
+def test_parity_takes_absent_options_of_a_block_from_the_state():
+    block = randomise(Block(6, 3, 4, False, True, False, bias=False))
+    x = noise(1, 6, 5, 4)
+    state = {n: t.detach().clone() for n, t in block.state_dict().items()}
+    case = Case("atconv", "made", {"dim": 6}, "", "eval", "", None, None, state, {"x": x}, {"y": block(x).detach()}, {})
+    assert all(t.passed for t in run_case(case))

@@ -326,3 +326,25 @@ def test_adapter_reads_the_whole_config(config: dict[str, float], shape: tuple[i
         grads=cast(grads),
     )
     assert [t.name for t in run_case(case) if not t.passed] == []
+
+
+@pytest.mark.parametrize("kind", ["mixer", "block", "net", "partial"])
+def test_parity_tells_the_parts_apart_without_their_source(kind):
+    config = {
+        "mixer": {"in_chs": 8, "dilation": None},
+        "block": {"dim": 8, "mlp_ratio": 2, "ls_init_value": None},
+        "net": {"depths": [1], "dims": [8], "mlp_ratios": [2], "num_classes": 3, "in_chans": 8},
+        "partial": {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "conv_ratio": 0.5, "groups": 8},
+    }[kind]
+    module = {
+        "mixer": lambda: InceptionDWConv2d(8),
+        "block": lambda: MetaNeXtBlock(8, 2, None),
+        "net": lambda: MetaNeXt(**config),
+        "partial": lambda: PartialDepthwiseConv2d(8, ratio=0.5),
+    }[kind]().eval()
+    x = torch.randn(1, 8, 9, 8)
+    state = {n: t.detach().clone() for n, t in module.state_dict().items()}
+    case = Case(
+        "inceptionnext", "made", config, "", "eval", "", None, None, state, {"x": x}, {"y": module(x).detach()}, {}
+    )
+    assert all(t.passed for t in run_case(case))

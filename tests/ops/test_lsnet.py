@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.parity.core import Case, run_case
 from torchconv.models.classify.lsnet import VARIANTS, Attention, LSNet, RepVGGDW, SqueezeExcite
 from torchconv.ops.lsnet import LKP, ConvBN, LSConv1d, LSConv2d, LSConv3d
 
@@ -233,3 +234,26 @@ def test_claim_target_is_the_bilateral_filter():
     assert effect == pytest.approx(0.5)
     assert low == pytest.approx(0.5)
     assert high == pytest.approx(0.5)
+
+
+def run_parity(module, inputs, config, y):
+    state = {n: t.detach().clone() for n, t in module.state_dict().items()} if module else {}
+    return run_case(Case("lsnet", "made", config, "", "eval", "", None, None, state, inputs, {"y": y.detach()}, {}))
+
+
+def test_parity_reads_the_channels_of_the_image_and_the_options_of_the_look():
+    few = {"num_heads": (1, 1, 1, 2), "key_dim": (4, 4, 4, 4), "num_classes": 3, "in_chans": 5, "img_size": 64}
+    net = randomise(LSNet((8, 8, 16, 16), (0, 1, 1, 2), **few)).eval()
+    x = torch.randn(1, 5, 64, 64)
+    config = {**few, "embed_dim": [8, 8, 16, 16], "depth": [0, 1, 1, 2], "patch_size": None}
+    assert all(t.passed for t in run_parity(net, {"x": x}, config, net(x)))
+    layer = randomise(LSConv2d(8, kernel_size=5, large_kernel_size=3, share=4)).eval()
+    x = torch.randn(2, 8, 5, 4)
+    config = {"dim": 8, "lks": 3, "sks": 5, "groups": 4}
+    assert all(t.passed for t in run_parity(layer, {"x": x}, config, layer(x)))
+
+
+def test_parity_takes_the_size_of_an_aggregation_from_its_weight():
+    x, w = torch.randn(1, 4, 3, 3), torch.randn(1, 2, 9, 3, 3)
+    y = (F.unfold(x, 3, padding=1).unflatten(1, (2, 2, 9)) * w.flatten(3)[:, None]).sum(3).reshape(x.shape)
+    assert all(t.passed for t in run_parity(None, {"x": x, "w": w}, {}, y))

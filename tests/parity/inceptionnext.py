@@ -1,4 +1,4 @@
-"""InceptionNeXt: the mixer, the MetaNeXt block and the network, of the authors and of timm."""
+"""InceptionNeXt: the mixer, the MetaNeXt block and the network, of the authors and of timm; the partial convolution."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tests.parity.core import Adapted, Case, ParityError
+from tests.parity.core import Adapted, Case
 from torchconv.models.classify.inceptionnext import MetaNeXt, MetaNeXtBlock
-from torchconv.ops.inceptionnext import InceptionDWConv2d
+from torchconv.ops.inceptionnext import InceptionDWConv2d, PartialDepthwiseConv2d
 
 
 def _mixer(config: dict[str, Any]) -> dict[str, Any]:
@@ -17,28 +17,43 @@ def _mixer(config: dict[str, Any]) -> dict[str, Any]:
     return {**options, **{n: config[n] for n in ("branch_ratio",) if n in config}}
 
 
-def adapt(case: Case) -> Adapted:
-    """Build the class named in ``source`` from the config."""
-    config, name = case.config, case.source.split(":")[-1].split()[0]
-    module: nn.Module
-    if name == "InceptionDWConv2d":
-        channels = config["in_channels"] if "in_channels" in config else config["in_chs"]
-        module = InceptionDWConv2d(channels, dilation=config.get("dilation", 1), **_mixer(config))
-    elif name == "MetaNeXtBlock":
+def _module(case: Case) -> nn.Module:
+    # Null is the default, but for the layer scale, where it means none.
+    config = {n: v for n, v in case.config.items() if v is not None or n == "ls_init_value"}
+    if "stem.0.weight" in case.state:
+        known: tuple[str, ...] = (
+            "in_chans",
+            "num_classes",
+            "depths",
+            "dims",
+            "mlp_ratios",
+            "ls_init_value",
+            "output_stride",
+            "square_kernel_size",
+            "band_kernel_size",
+            "branch_ratio",
+        )
+        return MetaNeXt(**{n: config[n] for n in known if n in config})
+    dilation, channels = config.get("dilation", 1), case.inputs["x"].shape[1]
+    if "mlp.fc1.weight" in case.state:
         mixer = _mixer(config)
-        module = MetaNeXtBlock(
-            config["dim"],
+        return MetaNeXtBlock(
+            channels,
             config.get("mlp_ratio", 4),
             config.get("ls_init_value", 1e-6),
-            dilation=config.get("dilation", 1),
+            dilation=dilation,
             token_mixer=lambda dim, dilation: InceptionDWConv2d(dim, dilation=dilation, **mixer),
         )
-    elif name == "MetaNeXt":
-        known = ("in_chans", "num_classes", "depths", "dims", "mlp_ratios", "ls_init_value", "output_stride")
-        known += ("square_kernel_size", "band_kernel_size", "branch_ratio")
-        module = MetaNeXt(**{n: config[n] for n in known if n in config})
-    else:
-        raise ParityError(f"source {case.source!r}: no such class here")
+    if "conv.weight" in case.state:
+        size, ratio = tuple(case.state["conv.weight"].shape[2:]), config.get("conv_ratio", 1.0)
+        bias = "conv.bias" in case.state
+        return PartialDepthwiseConv2d(channels, kernel_size=size, dilation=dilation, bias=bias, ratio=ratio)
+    return InceptionDWConv2d(channels, dilation=dilation, **_mixer(config))
+
+
+def adapt(case: Case) -> Adapted:
+    """Which part it is follows from the names in the state; a mixer without branches has none."""
+    module = _module(case)
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(module, MetaNeXt):

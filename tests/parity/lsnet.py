@@ -13,30 +13,31 @@ from torchconv.ops.lsnet import LKP, LSConv2d
 
 
 def adapt(case: Case) -> Adapted:
-    """Which part it is follows from the keys of the config."""
-    config = case.config
-    if "ks" in config:
-        k = config["ks"]
-        return Adapted(lambda inputs: {"y": _aggregate(inputs, k)})
-    if "ed" in config:
-        module = RepVGGDW(config["ed"])
-        return Adapted(lambda inputs: {"y": module(inputs["x"])}, module, extra=partial(_fused, case, module))
-    if "embed_dim" in config:
+    """Which part it is follows from the names in the state; options absent or null are the authors' defaults."""
+    config = {n: v for n, v in case.config.items() if v is not None}
+    if "w" in case.inputs:
+        return Adapted(lambda inputs: {"y": _aggregate(inputs, config.get("ks"))})
+    if "patch_embed.0.c.weight" in case.state:
         return _network(case)
-    if "resolution" in config or "attn_ratio" in config:
+    channels = config.get("dim", config.get("ed", case.inputs["x"].shape[1]))
+    if "conv1.c.weight" in case.state:
+        module = RepVGGDW(channels)
+        return Adapted(lambda inputs: {"y": module(inputs["x"])}, module, extra=partial(_fused, case, module))
+    if "qkv.c.weight" in case.state:
         names = ("key_dim", "num_heads", "attn_ratio", "resolution")
-        attention = Attention(config["dim"], **{n: config[n] for n in names if n in config})
+        attention = Attention(channels, **{n: config[n] for n in names if n in config})
         return Adapted(lambda inputs: {"y": attention(inputs["x"])}, attention)
-    if {"lks", "sks", "groups"} & set(config) or any(n.startswith("cv1.") for n in case.state):
-        lkp = LKP(config["dim"], config.get("lks", 7), config.get("sks", 3), config.get("groups", 8))
+    look, small, share = config.get("lks", 7), config.get("sks", 3), config.get("groups", 8)
+    if "cv1.c.weight" in case.state:
+        lkp = LKP(channels, look, small, share)
         return Adapted(lambda inputs: {"y": lkp(inputs["x"])}, lkp)
-    conv = LSConv2d(config["dim"])
+    conv = LSConv2d(channels, kernel_size=small, large_kernel_size=look, share=share)
     return Adapted(lambda inputs: {"y": conv(inputs["x"])}, conv)
 
 
-def _aggregate(inputs: dict[str, Tensor], k: int) -> Tensor:
+def _aggregate(inputs: dict[str, Tensor], k: int | None) -> Tensor:
     weight = inputs["w"]
-    if weight.shape[2] != k * k:
+    if k is not None and weight.shape[2] != k * k:
         raise ValueError(f"weight of shape {tuple(weight.shape)}: ks={k} in the config")
     return adaptive_conv2d(inputs["x"], weight)
 
@@ -50,18 +51,10 @@ def _fused(case: Case, module: RepVGGDW, inputs: dict[str, Tensor]) -> dict[str,
 
 
 def _network(case: Case) -> Adapted:
-    config = case.config
-    renamed = {
-        "embed_dim": "dims",
-        "depth": "depths",
-        "num_heads": "num_heads",
-        "key_dim": "key_dim",
-        "num_classes": "num_classes",
-        "img_size": "img_size",
-        "patch_size": "patch_size",
-        "distillation": "distillation",
-    }
-    module = LSNet(**{ours: config[theirs] for theirs, ours in renamed.items() if theirs in config})
+    renamed = {"embed_dim": "dims", "depth": "depths"}
+    known = ("embed_dim", "depth", "num_heads", "key_dim", "num_classes", "in_chans", "img_size", "patch_size")
+    options = {renamed.get(n, n): case.config[n] for n in known if case.config.get(n) is not None}
+    module = LSNet(**options, distillation=any(n.startswith("head_dist.") for n in case.state))
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         y = module(inputs["x"])
