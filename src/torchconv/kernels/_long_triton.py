@@ -23,9 +23,9 @@ from torch import Tensor
 from torchconv.kernels._long_monarch import dft_matrix, power_of_two, roots
 from torchconv.kernels._triton_probe import trustworthy
 
-# Samples of the longest transform whose parts fit the registers of a block of threads. Twice as many spill tens of
-# kilobytes a thread (measured for compute capabilities 8.0 and 9.0) and compile for minutes.
-LONGEST = {torch.float32: 1 << 10, torch.bfloat16: 1 << 11, torch.float16: 1 << 11}
+# Samples of the longest transform whose parts fit the registers of a block of threads, compiled for compute
+# capabilities 8.0 and 9.0. Twice as many spill kilobytes a thread.
+LONGEST = {torch.float32: 1 << 9, torch.bfloat16: 1 << 11, torch.float16: 1 << 11}
 _SHORTEST = 256  # 16 × 16, the smallest product of matrix units
 
 
@@ -115,7 +115,7 @@ def output(x: Tensor, kernel: Tensor, origin: int) -> Tensor:
             _monarch_kernel[((batch + 1) // 2 * channels,)](
                 x.contiguous(), _planes(spectrum), *_tables(rows, columns, x.device), y,
                 batch, channels, length, many, origin,
-                N1=rows, N2=columns, PRECISION=precision, num_warps=4 if size <= 1024 else 8,
+                N1=rows, N2=columns, PRECISION=precision, num_warps=4 if size == _SHORTEST else 8,
             )  # fmt: skip
     return y
 

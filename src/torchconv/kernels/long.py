@@ -251,7 +251,7 @@ def long_conv(
             Unset: blocks of twice the kernel where that is at most an eighth of a sequence of over 32768 samples, and
             where one transform would have over 16.8 million samples. Working memory follows the kernel, not x.
         backend: "auto" is "native", ``F.conv1d``, up to 16 taps and "fft" above; "monarch" makes the transforms by
-            products with 16 × 16 matrices; "triton" does so in one launch for transforms of up to 1024 samples (2048 in
+            products with 16 × 16 matrices; "triton" does so in one launch for transforms of up to 512 samples (2048 in
             half precision) and says once when it cannot, "fft" taking over; "reference" is a sum over taps.
 
     Gradients of any order. Under ``torch.compile`` this is one operator ``torchconv::long_conv``; under
