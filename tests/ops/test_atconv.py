@@ -285,3 +285,15 @@ def test_parity_takes_absent_options_of_a_block_from_the_state():
     state = {n: t.detach().clone() for n, t in block.state_dict().items()}
     case = Case("atconv", "made", {"dim": 6}, "", "eval", "", None, None, state, {"x": x}, {"y": block(x).detach()}, {})
     assert all(t.passed for t in run_case(case))
+
+
+@pytest.mark.parametrize(("name", "value"), [("in_chans", 0), ("num_classes", -1), ("depths", (-1, 1)), ("dims", ())])
+def test_network_names_the_argument_it_refuses(name, value):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        AttNet(**{"dims": (8, 8), "depths": (1, 1), "expansions": 2, "num_classes": 3, name: value})
+
+
+def test_empty_maps_and_token_lists_are_refused():
+    for layer, x in ((ATConv2d(6), torch.zeros(2, 6, 0, 5)), (ATConvTokens(6), torch.zeros(2, 0, 6))):
+        with pytest.raises(ValueError, match="every spatial axis needs a position"):
+            layer(x)

@@ -348,3 +348,15 @@ def test_parity_tells_the_parts_apart_without_their_source(kind):
         "inceptionnext", "made", config, "", "eval", "", None, None, state, {"x": x}, {"y": module(x).detach()}, {}
     )
     assert all(t.passed for t in run_case(case))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "a", -0.01])
+def test_branch_ratio_that_is_no_share(value):
+    with pytest.raises(ValueError, match=r"^branch_ratio="):
+        InceptionDWConv2d(16, branch_ratio=value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("in_chans", 0), ("num_classes", -1), ("depths", (-1, 1)), ("dims", ())])
+def test_network_names_the_argument_it_refuses(name, value):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        MetaNeXt(**{"depths": (1, 1), "dims": (8, 8), "mlp_ratios": 2, "num_classes": 3, name: value})

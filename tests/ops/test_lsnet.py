@@ -257,3 +257,13 @@ def test_parity_takes_the_size_of_an_aggregation_from_its_weight():
     x, w = torch.randn(1, 4, 3, 3), torch.randn(1, 2, 9, 3, 3)
     y = (F.unfold(x, 3, padding=1).unflatten(1, (2, 2, 9)) * w.flatten(3)[:, None]).sum(3).reshape(x.shape)
     assert all(t.passed for t in run_parity(None, {"x": x, "w": w}, {}, y))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("patch_size", 0), ("in_chans", 0), ("num_classes", -1), ("num_heads", (0, 1)), ("depths", (-1, 1)), ("dims", ())],
+)
+def test_network_names_the_argument_it_refuses(name, value):
+    options = {"dims": (8, 8), "depths": (1, 1), "num_heads": (1, 1), "key_dim": (4, 4), "num_classes": 3}
+    with pytest.raises(ValueError, match=f"^{name}="):
+        LSNet(**{**options, name: value})

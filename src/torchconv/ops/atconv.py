@@ -59,6 +59,7 @@ def band_means(x: Tensor, bins: int) -> Tensor:
     """
     flat = x.flatten(2)
     if not torch.compiler.is_exporting():
+        check(flat.shape[2] > 0, "x.shape", tuple(x.shape), "every spatial axis needs a position")
         return F.adaptive_avg_pool1d(flat, bins)
     # Exporters know the adaptive pooling for some sizes only; the product works for all, also for sizes left open.
     n = flat.shape[2]
@@ -275,8 +276,8 @@ class ATConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Make the kernels of ``x`` and apply them."""
         check_input(x, self.in_channels, self.ndim)
-        v = self.x_proj(x)
-        o = attentive_conv(v, self.kernels(x), self.stride, self.padding, self.dilation, self.backend)
+        kernels = self.kernels(x)
+        o = attentive_conv(self.x_proj(x), kernels, self.stride, self.padding, self.dilation, self.backend)
         y: Tensor = self.proj(o)
         return y
 

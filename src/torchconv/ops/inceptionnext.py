@@ -249,8 +249,10 @@ class InceptionDWConv(_PartialDepthwise):
         self.square_kernel_size = ntuple("square_kernel_size", square_kernel_size, n)
         self.branch_ratio = branch_ratio
         # Truncated, as the authors do: 17 channels with ratio 0.2 give 3 a branch.
-        width = int(in_channels * branch_ratio)
-        ok = branch_ratio >= 0 and (n + 1) * width <= in_channels
+        width = (
+            int(in_channels * branch_ratio) if isinstance(branch_ratio, int | float) and 0 <= branch_ratio <= 1 else -1
+        )
+        ok = 0 <= (n + 1) * width <= in_channels
         check(ok, "branch_ratio", branch_ratio, f"{n + 1} branches share the channels: 0 <= branch_ratio <= 1/{n + 1}")
         kernels = {_SQUARE[n]: self.square_kernel_size}
         for name, axis in _BANDS[n].items():

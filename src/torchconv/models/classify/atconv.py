@@ -202,11 +202,15 @@ class AttNet(Backbone):
     ) -> None:
         super().__init__()
         check_choice("global_pool", global_pool, POOLS)
+        check_positive("num_classes", num_classes, zero=True)
+        check_positive("in_chans", in_chans)
+        check(len(dims) > 0, "dims", tuple(dims), "needs an entry for each stage, at least one")
         stages, first = len(dims), dims[0]
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.global_pool = global_pool
         self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
         depths = _each("depths", depths, stages)
+        check(all(d >= 0 for d in depths), "depths", tuple(depths), "entries must be at least 0")
         expansions, kernel_sizes = _each("expansions", expansions, stages), _each("kernel_sizes", kernel_sizes, stages)
         convs, norms = _each("glu_conv", glu_conv, stages), _each("glu_norm", glu_norm, stages)
         check(first >= 2, "dims", tuple(dims), "the stem starts with half of the first: at least 2")

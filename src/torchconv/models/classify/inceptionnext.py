@@ -206,6 +206,10 @@ class MetaNeXt(Backbone):
     ) -> None:
         super().__init__()
         check_choice("global_pool", global_pool, POOLS[:3])
+        check_positive("num_classes", num_classes, zero=True)
+        check_positive("in_chans", in_chans)
+        check(len(dims) > 0, "dims", tuple(dims), "needs an entry for each stage, at least one")
+        check(all(d >= 0 for d in depths), "depths", tuple(depths), "entries must be at least 0")
         ratios = (mlp_ratios,) * len(depths) if isinstance(mlp_ratios, int | float) else tuple(mlp_ratios)
         check(len(dims) == len(depths), "dims", dims, f"give one width for each of the {len(depths)} stages")
         check(len(ratios) == len(depths), "mlp_ratios", mlp_ratios, f"give one for each of the {len(depths)} stages")

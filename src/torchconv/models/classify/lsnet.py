@@ -271,7 +271,11 @@ class LSNet(Backbone):
         super().__init__()
         check(drop_path_rate == 0, "drop_path_rate", drop_path_rate, "LSNet has no drop path; leave it at 0")
         check_choice("global_pool", global_pool, POOLS[:3])
+        check_positive("num_classes", num_classes, zero=True)
+        check_positive("in_chans", in_chans)
+        check_positive("patch_size", patch_size)
         stages = len(dims)
+        check(stages > 0, "dims", tuple(dims), "needs an entry for each stage, at least one")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.global_pool = global_pool
         self.feature_info = [
@@ -279,6 +283,8 @@ class LSNet(Backbone):
         ]
         for name, values in (("depths", depths), ("num_heads", num_heads), ("key_dim", key_dim)):
             check(len(values) == stages, name, tuple(values), f"needs one entry a stage, as dims has ({stages})")
+            low = 0 if name == "depths" else 1
+            check(all(v >= low for v in values), name, tuple(values), f"entries must be at least {low}")
         check(dims[0] >= 4, "dims", tuple(dims), "the stem starts with a quarter of the first: at least 4")
         quarter, half = dims[0] // 4, dims[0] // 2
         self.patch_embed = nn.Sequential(
