@@ -118,7 +118,8 @@ def ops_command(
         "GFLOP/s",
         "GB/s",
     ):
-        table.add_column(column, justify="left" if column in ("operator", "case", "pass", "against") else "right")
+        left = column in ("operator", "case", "pass", "against")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "operator")
     for ours, other in pairs(result):
         table.add_row(
             ours["op"],
@@ -185,7 +186,8 @@ def mixers_command(
     console = wide()
     table = Table(box=None)
     for column in ("operator", "params", "M MACs", "forward ms", "p95", "× first", "training ms", "p95", "× first"):
-        table.add_column(column, justify="left" if column == "operator" else "right")
+        first = column == "operator"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in result["rows"]:
         cells = [row["op"], f"{row['params']:,}", f"{row['macs'] / 1e6:.1f}"]
         for name in ("forward", "training"):
@@ -258,7 +260,7 @@ def models_command(
         return
     table = Table(box=None)
     for index, column in enumerate(models_columns(result)):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for row in result["rows"]:
         for line in model_lines(row):
             table.add_row(*line)
