@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels._layout import is_channels_last
 from torchconv.ops._common import CONV, check_input, conv_nd
 from torchconv.ops._slow_net import SlowNet, axes_of, freeze_kernels, plane_at, wide
 
@@ -46,6 +47,8 @@ def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
     if x.numel() == 0:
         return x
     values = wide(x)
+    if x.shape[2:].numel() > 1 and not is_channels_last(x):
+        return F.instance_norm(values, eps=eps).to(x.dtype)  # one pass, but it knows one order in memory, and no point
     variance, mean = torch.var_mean(values, tuple(range(2, x.dim())), correction=0, keepdim=True)
     return ((values - mean) * torch.rsqrt(variance + eps)).to(x.dtype)
 
