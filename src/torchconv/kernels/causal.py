@@ -60,7 +60,15 @@ def _seen(begin: int, end: int, length: int, k: int, mirrored: bool) -> tuple[in
 
 
 def _convolve_rows(
-    x: Tensor, w: Tensor, bias: Tensor | None, begin: int, end: int, out: Tensor, mirrored: bool = False
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    begin: int,
+    end: int,
+    out: Tensor,
+    *,
+    silu: bool = False,
+    mirrored: bool = False,
 ) -> None:
     """Positions ``begin`` to ``end`` of the convolution of rows (B, C, L) by shifts, or of its transpose."""
     k = w.shape[1]
@@ -76,6 +84,8 @@ def _convolve_rows(
         source = rows[..., j:] if mirrored else rows[..., before + skipped - j : last - first - j]
         meets = min(source.shape[2], end - begin - skipped)
         y.narrow(2, skipped, meets).addcmul_(source.narrow(2, 0, meets), w[:, k - 1 - j, None])
+    if silu:
+        F.silu(y, inplace=True)
     if y is not out:
         out.copy_(y)
 
@@ -96,13 +106,8 @@ def _forward_rows(x: Tensor, w: Tensor, bias: Tensor | None, silu: bool) -> Tens
         return (F.silu(y) if silu else y).to(x.dtype).contiguous()
     out = torch.empty_like(x)
     for block, begin, end in _row_blocks(x, w):
-        target, channels = out[block][..., begin:end], block[1]
-        y = torch.empty_like(target, dtype=w.dtype) if silu and w.dtype != x.dtype else target
-        _convolve_rows(x[block], w[channels], None if bias is None else bias[channels], begin, end, y)
-        if silu:
-            F.silu(y, inplace=True)
-        if y is not target:
-            target.copy_(y)
+        target, shift = out[block][..., begin:end], None if bias is None else bias[block[1]]
+        _convolve_rows(x[block], w[block[1]], shift, begin, end, target, silu=silu)
     return out
 
 
@@ -116,8 +121,8 @@ def _backward_rows(
         taps, g = w[channels], grad[block][..., begin:beyond].to(w.dtype)
         if silu:
             shift = None if bias is None else bias[channels]
-            before = torch.empty_like(g)
             if shifted:
+                before = torch.empty_like(g)
                 _convolve_rows(rows, taps, shift, begin, beyond, before)
             else:
                 before = _native_rows(rows, taps, shift)
