@@ -18,7 +18,10 @@ from torchconv.training import FitConfig, fit
 CONFIG = FitConfig(
     epochs=4, batch_size=8, lr=0.02, grad_accum=2, ema=0.9, clip_grad=1.0, augment="flip", early_stop=3, device="cpu"
 )
+# DistributedDataParallel keeps gloo's threads past destroy_process_group, and an interpreter that ends while one of them
+# waits for its lock is aborted ("terminate called without an active exception"): the workers leave without that end.
 WORKER = """
+import os
 import sys
 import torch
 from tests.training.common import make_data, make_net
@@ -32,7 +35,9 @@ result = fit(make_net(norm=False, dropout=0.0), make_data(), CONFIG, run_dir=sys
 rank = torch.distributed.get_rank()
 found = [result.model.state_dict(), [r.val_loss for r in result.history], result.best_epoch]
 torch.save(found, f"{sys.argv[1]}/{rank}.out")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)
 """
 
 
