@@ -19,8 +19,8 @@ from torchconv.kernels._custom import define, without_autocast
 from torchconv.kernels._depthwise_forms import Geometry
 from torchconv.kernels._depthwise_plan import Plan, plan
 from torchconv.kernels._layout import is_channels_last, keep_layout
+from torchconv.kernels.precision import HALF, widen
 
-HALF = (torch.float16, torch.bfloat16)
 KINDS = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, *HALF)}
 
 
@@ -43,11 +43,6 @@ def planned(
     )
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Half precision as float32: PyTorch has few fast kernels for it, and intermediate results need the digits."""
-    return tensor.float() if tensor.dtype in HALF else tensor
-
-
 def _triton() -> Any:
     from torchconv.kernels import _depthwise_triton  # brings triton along
 
@@ -60,7 +55,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, form: str, geo: Geometry) 
         return forms.by_images(x, w, bias, geo)
     if form == "triton":
         return keep_layout(_triton().output(x, w, bias, geo), x)
-    wide, kernel, shift = _wide(x), _wide(w), None if bias is None else _wide(bias)
+    wide, kernel, shift = widen(x), widen(w), None if bias is None else widen(bias)
     if form == "padded":
         out = forms.padded(wide, kernel, shift, geo)
     elif form == "channels_last":
@@ -88,7 +83,7 @@ def gradients(
     if by_w == "triton":
         dw = _triton().gradient_w(g, x, geo)
     if {by_x, by_w} - {"", "native", "triton"}:
-        g, x, w = _wide(g), _wide(x), _wide(w)
+        g, x, w = widen(g), widen(x), widen(w)
     if "fft" in (by_x, by_w):
         fx, fw = forms.fft_gradients(g, x, w, geo, (by_x == "fft", by_w == "fft"))
         dx, dw = dx if fx is None else fx, dw if fw is None else fw

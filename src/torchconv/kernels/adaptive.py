@@ -30,8 +30,8 @@ from torchconv.catalog import part
 from torchconv.kernels import _custom
 from torchconv.kernels._layout import is_channels_last, keep_layout
 from torchconv.kernels._triton_probe import trustworthy
+from torchconv.kernels.precision import wide_dtype
 
-_HALF = (torch.float16, torch.bfloat16)
 _Index = tuple[Any, ...]
 
 
@@ -102,7 +102,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
     On channels-last tensors the in-place sums take longer than copying them to rows and the result back.
     """
-    wide = torch.float32 if tensor.dtype in _HALF else tensor.dtype
+    wide = wide_dtype(tensor.dtype)
     return tensor.to(wide, memory_format=torch.contiguous_format).contiguous()
 
 
@@ -112,7 +112,7 @@ def _aggregate(x: Tensor, weight: Tensor, kernel: tuple[int, ...], mirrored: boo
 
 def _composite(x: Tensor, weight: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """The aggregation in ordinary operators on a zero-padded map."""
-    dtype, wide = x.dtype, torch.float32 if x.dtype in _HALF else x.dtype
+    dtype, wide = x.dtype, wide_dtype(x.dtype)
     size = x.shape[2:]
     padded = F.pad(x.to(wide), [(k - 1) // 2 for k in reversed(kernel) for _ in range(2)])
     weight = weight.to(wide)

@@ -24,10 +24,10 @@ from torchconv.kernels import _custom
 from torchconv.kernels._depthwise_forms import MOST_PADDING
 from torchconv.kernels._triton import say_once
 from torchconv.kernels._triton_probe import trustworthy
+from torchconv.kernels.precision import wide_dtype
 
 LAYOUTS = ("BCL", "BLC")
 ACTIVATIONS = (None, "silu", "swish")
-_HALF = (torch.float16, torch.bfloat16)
 _SHORT = 8  # taps; longer kernels have better forms than a pass a tap
 _FEW = 5  # taps up to which shifted rows beat PyTorch's convolution …
 _SHORT_ROW = 128  # … from so many positions, …
@@ -203,7 +203,7 @@ def _backward_vectors(
 
 def _wide(tensor: Tensor | None, like: Tensor) -> Any:
     """In the type of the sums: float32 for half precision."""
-    return None if tensor is None else tensor.to(torch.float32 if like.dtype in _HALF else like.dtype)
+    return None if tensor is None else tensor.to(wide_dtype(like.dtype))
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, last: bool) -> Tensor:

@@ -26,21 +26,17 @@ from torch import Tensor
 from torchconv._common import check
 from torchconv.catalog import part
 from torchconv.kernels import _custom
+from torchconv.kernels.precision import HALF, widen
 
-_HALF = (torch.float16, torch.bfloat16)
 _PLACES = 1 << 17  # positions of a block
 _GATHERED = 1 << 18  # numbers read at a time for the products
 _DEPTH, _TAPS = 8, 4  # channels of a group and taps from which a table pays
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in _HALF else t
-
-
 def _fitted(t: Tensor, x: Tensor) -> Tensor:
     """In the type in which x is computed, or in half precision that will be."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return t if t.dtype == wide or (wide == torch.float32 and t.dtype in _HALF) else t.to(wide)
+    return t if t.dtype == wide or (wide == torch.float32 and t.dtype in HALF) else t.to(wide)
 
 
 def _axis(places: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +62,8 @@ def _sample(maps: Tensor, grid: Tensor) -> Tensor:
 
 def _grid_sampled(x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
     """The sum tap by tap: for exporters, and for a few channels or taps."""
-    maps = _wide(x).unflatten(1, (positions.shape[1], -1)).flatten(0, 1)
-    places, weights, total = _wide(positions), _wide(masks), None
+    maps = widen(x).unflatten(1, (positions.shape[1], -1)).flatten(0, 1)
+    places, weights, total = widen(positions), widen(masks), None
     for tap in range(positions.shape[2]):
         grid, _ = _grid(places, tap, x.shape[3], x.shape[2])
         found = _sample(maps, grid) * weights[:, :, tap].flatten(0, 1).unsqueeze(1)
@@ -81,8 +77,8 @@ def _grid_backward(
 ) -> None:
     """Gradients tap by tap, written to ``by``."""
     ends = positions.shape[:2]
-    maps, g = (_wide(t).unflatten(1, (ends[1], -1)).flatten(0, 1) for t in (x, grad))
-    places, weights, by_maps = _wide(positions), _wide(masks), torch.zeros_like(maps)
+    maps, g = (widen(t).unflatten(1, (ends[1], -1)).flatten(0, 1) for t in (x, grad))
+    places, weights, by_maps = widen(positions), widen(masks), torch.zeros_like(maps)
     for tap in range(positions.shape[2]):
         grid, scale = _grid(places, tap, x.shape[3], x.shape[2])
         if needs[2]:
@@ -132,7 +128,7 @@ class _Sampler:
         groups, self.height, self.width = positions.shape[1], *x.shape[2:]
         self.depth, self.step = x.shape[1] // groups, self.width + 2
         self.item = groups * (self.height + 2) * self.step  # rows of an item
-        self.table = x.new_zeros(len(x) * self.item, self.depth, dtype=_wide(x).dtype)
+        self.table = x.new_zeros(len(x) * self.item, self.depth, dtype=widen(x).dtype)
         self.map(self.table).copy_(x.unflatten(1, (groups, self.depth)))
 
     def map(self, table: Tensor) -> Tensor:
@@ -151,7 +147,7 @@ class _Sampler:
 
     def block(self, items: slice, rows: slice) -> _Block:
         """Where a part of the output reads."""
-        places, masks = _wide(self.positions[items, :, rows]), _wide(self.masks[items, :, rows])
+        places, masks = widen(self.positions[items, :, rows]), widen(self.masks[items, :, rows])
         column, right, inside_columns = _axis(places[..., 0].contiguous(), self.width)
         row, down, inside_rows = _axis(places[..., 1].contiguous(), self.height)
         kind = torch.int32 if len(masks) * self.item < 2**31 else torch.int64
@@ -231,7 +227,7 @@ def _backward(
     by_group = grad.unflatten(1, (positions.shape[1], -1)).movedim(2, 4)
     for items, rows in sampler.blocks():
         block = sampler.block(items, rows)
-        g = _wide(by_group[items, :, rows]).reshape(-1, sampler.depth).contiguous()
+        g = widen(by_group[items, :, rows]).reshape(-1, sampler.depth).contiguous()
         if needs[0]:
             _spread(sampler, sampler.part(by_table, items), block, g)
         if not (needs[1] or needs[2]):
@@ -255,10 +251,10 @@ def _backward(
 def _composite(x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
     """The sum in ordinary operators, for transforms and gradients of gradients."""
     (batch, channels, height, width), groups = x.shape, positions.shape[1]
-    table = F.pad(_wide(x), (1, 1, 1, 1)).unflatten(1, (groups, channels // groups)).permute(0, 1, 3, 4, 2)
+    table = F.pad(widen(x), (1, 1, 1, 1)).unflatten(1, (groups, channels // groups)).permute(0, 1, 3, 4, 2)
     table = table.reshape(-1, channels // groups)
     first = torch.arange(batch * groups, device=x.device).view(batch, groups, 1, 1) * (height + 2) * (width + 2)
-    places, weights, total = _wide(positions), _wide(masks), None
+    places, weights, total = widen(positions), widen(masks), None
     for tap in range(positions.shape[2]):
         before, right, _ = _axis(places[:, :, tap, :, :, 0], width)
         above, down, _ = _axis(places[:, :, tap, :, :, 1], height)

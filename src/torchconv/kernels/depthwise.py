@@ -23,11 +23,12 @@ from torchconv.kernels import _depthwise_run as run
 from torchconv.kernels._custom import autocasts, in_ordinary_operators
 from torchconv.kernels._depthwise_plan import BACKENDS, check_weight, geometry
 from torchconv.kernels._triton_probe import trustworthy
+from torchconv.kernels.precision import HALF
 
 _LONG = 13  # taps from which an estimate of operations sends half precision on a GPU to the tensor cores
 _SMALL = 1 << 21  # multiply-adds up to which no form beats PyTorch's own by what it takes to choose
 _PLAIN = (Tensor, torch.nn.Parameter)
-_TRITON_TYPES = (torch.float32, *run.HALF)
+_TRITON_TYPES = (torch.float32, *HALF)
 
 
 def _for_tensor_cores(x: Tensor, weight: Tensor, stride: Size, dilation: Size) -> bool:
@@ -35,7 +36,7 @@ def _for_tensor_cores(x: Tensor, weight: Tensor, stride: Size, dilation: Size) -
     kernel = weight.shape[2:]
     unit = all(value == 1 for sizes in (stride, dilation) for value in ((sizes,) if isinstance(sizes, int) else sizes))
     large = kernel[-1] >= _LONG and math.prod(kernel) >= _LONG**2 and unit and x.device.type == "cuda"
-    return large and x.dtype in run.HALF and trustworthy("depthwise", x.device)
+    return large and x.dtype in HALF and trustworthy("depthwise", x.device)
 
 
 def _compiled_gains(x: Tensor, weight: Tensor) -> bool:

@@ -20,17 +20,16 @@ from torchconv.catalog import part
 from torchconv.kernels import _long_forms as forms
 from torchconv.kernels._custom import define, in_ordinary_operators, without_autocast, without_transforms
 from torchconv.kernels._long_monarch import monarch
+from torchconv.kernels.precision import wide_dtype
 
 BACKENDS = ("auto", "native", "fft", "monarch", "triton", "reference")
 _FEW_TAPS = 16  # up to which the dot products of F.conv1d are faster than transforms
 _FEW_NUMBERS = 1 << 17  # of the output, up to which a call of an operator of our own takes longer than it saves
 _PLAIN = (Tensor, torch.nn.Parameter)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _compute_type(x: Tensor, kernel: Tensor) -> torch.dtype:
-    wide = torch.promote_types(x.dtype, kernel.dtype)
-    return torch.float32 if wide in _HALF else wide
+    return wide_dtype(torch.promote_types(x.dtype, kernel.dtype))
 
 
 def _output(x: Tensor, kernel: Tensor, origin: int, chunk: int, backend: str, spectrum: Tensor | None) -> Tensor:

@@ -30,10 +30,10 @@ from torchconv.catalog import part
 from torchconv.kernels import _custom
 from torchconv.kernels._layout import keep_layout
 from torchconv.kernels._triton_probe import trustworthy
+from torchconv.kernels.precision import widen
 
 NORMALISATIONS = ("softmax", "sum", "none")
 LEAST_WEIGHT = 1e-6  # of the "sum" normalisation, as in arXiv 1907.12904
-_HALF = (torch.float16, torch.bfloat16)
 _LOG2E = math.log2(math.e)
 _Index = tuple[Any, ...]
 _BLOCK = 1 << 15  # elements of a tap in a block: fits the cache, and long enough to hide the cost of a call
@@ -145,10 +145,6 @@ def _taps(phases: Tensor, geo: Geometry, items: slice, rows: slice) -> Iterator[
         yield phases.as_strided(shape, steps, start.storage_offset() + sum(tap))
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in _HALF else tensor
-
-
 def _sums(kernels: Tensor, taps: Iterator[Tensor], normalisation: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The output of a block; the largest kernel and the sum over the taps where the normalisation needs them."""
     top = kernels.amax(2) if normalisation == "softmax" else None
@@ -173,11 +169,11 @@ def _forward(x: Tensor, kernels: Tensor, scale: Sequence[int], size: Sequence[in
 
         return _resample_triton.output(x.contiguous(), kernels.contiguous(), scale, size, normalisation, LEAST_WEIGHT)
     geo = Geometry(tuple(scale), tuple(size), tuple(kernels.shape[3:]))
-    phases = _split(_wide(x), geo)
+    phases = _split(widen(x), geo)
     out = phases.new_empty(*x.shape[:2], *geo.out)
     for items, rows in _blocks(kernels):
         taps = _taps(phases, geo, items, rows)
-        out[items, :, rows], _, _ = _sums(_wide(kernels[items, :, :, rows]), taps, normalisation)
+        out[items, :, rows], _, _ = _sums(widen(kernels[items, :, :, rows]), taps, normalisation)
     return out.to(x.dtype)
 
 
@@ -196,11 +192,11 @@ def _backward(
         tensors = (grad.contiguous(), x.contiguous(), kernels.contiguous())
         return _resample_triton.gradients(*tensors, scale, size, normalisation, LEAST_WEIGHT, needs)
     geo = Geometry(tuple(scale), tuple(size), tuple(kernels.shape[3:]))
-    phases, grad = _split(_wide(x), geo), _wide(grad)
+    phases, grad = _split(widen(x), geo), widen(grad)
     by_x = torch.zeros_like(phases) if needs[0] else phases
     by_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format) if needs[1] else kernels.new_empty(0)
     for items, rows in _blocks(kernels):
-        block, g = _wide(kernels[items, :, :, rows]), grad[items, :, rows].contiguous()
+        block, g = widen(kernels[items, :, :, rows]), grad[items, :, rows].contiguous()
         y, top, total = _sums(block, _taps(phases, geo, items, rows), normalisation)
         # ∂y/∂share_t = (x_t − y) / total
         g = g if total is None else g / total
@@ -222,8 +218,8 @@ def _backward(
 
 def _composite(x: Tensor, kernels: Tensor, scale: Sequence[int], size: Sequence[int], normalisation: str) -> Tensor:
     """The same in ordinary operators."""
-    weight = normalise_kernels(_wide(kernels), normalisation)
-    wide, total = _wide(x), None
+    weight = normalise_kernels(widen(kernels), normalisation)
+    wide, total = widen(x), None
     for number, tap in enumerate(itertools.product(*(range(k) for k in size))):
         spans = (slice(t, t + s * (n - 1) + 1, s) for t, s, n in zip(tap, scale, kernels.shape[3:], strict=True))
         at: _Index = (..., *spans)

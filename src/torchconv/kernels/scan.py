@@ -34,15 +34,11 @@ from torchconv._common import check, check_choice
 from torchconv.catalog import part
 from torchconv.kernels import _custom
 from torchconv.kernels._triton_probe import trustworthy
+from torchconv.kernels.precision import widen
 
 BACKENDS = ("auto", "native", "triton", "reference")
-_HALF = (torch.float16, torch.bfloat16)
 _ROWS = 8192  # numbers in one step of the loop from which it is not worth cutting time in chunks
 _BLOCK = 1 << 21  # states held at a time
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in _HALF else t
 
 
 class _Layout:
@@ -132,8 +128,8 @@ def _run_plain(decay: Tensor, s: Tensor) -> Tensor:
 
 
 def _softplus(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    raw = _wide(delta)
-    raw = raw if bias is None else raw + _wide(bias)[:, None]
+    raw = widen(delta)
+    raw = raw if bias is None else raw + widen(bias)[:, None]
     return F.softplus(raw) if softplus else raw
 
 
@@ -144,8 +140,8 @@ def _groups(b: Tensor, c: Tensor) -> int:
 def _native(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     layout = _Layout(u, _groups(b, c))
     d = layout.channelwise(_softplus(delta, bias, softplus))
-    x = d * layout.channelwise(_wide(u))
-    rates, enters, leaves = layout.decay(_wide(a)), layout.statewise(_wide(b)), layout.statewise(_wide(c))
+    x = d * layout.channelwise(widen(u))
+    rates, enters, leaves = layout.decay(widen(a)), layout.statewise(widen(b)), layout.statewise(widen(c))
     y = torch.zeros_like(x)
     for n in layout.blocks(a.shape[1]):
         s = _run((d * rates[..., n, :]).exp_(), x * enters[..., n, :])
@@ -165,9 +161,9 @@ def _native_backward(
 ) -> tuple[Tensor, ...]:
     layout = _Layout(u, _groups(b, c))
     d = layout.channelwise(_softplus(delta, bias, softplus))
-    wide_u, g = layout.channelwise(_wide(u)), layout.channelwise(_wide(grad))
+    wide_u, g = layout.channelwise(widen(u)), layout.channelwise(widen(grad))
     x = d * wide_u
-    rates, enters, leaves = layout.decay(_wide(a)), layout.statewise(_wide(b)), layout.statewise(_wide(c))
+    rates, enters, leaves = layout.decay(widen(a)), layout.statewise(widen(b)), layout.statewise(widen(c))
     by_x, by_d = torch.zeros_like(x), torch.zeros_like(x)
     by_rates, by_enters, by_leaves = (torch.zeros_like(t) for t in (rates, enters, leaves))
     for n in layout.blocks(a.shape[1]):
@@ -205,7 +201,7 @@ def _native_backward(
 def _through_softplus(by: Tensor, delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
     """The gradient of δ' from that of δ, and the bias's."""
     if softplus:
-        raw = _wide(delta) if bias is None else _wide(delta) + _wide(bias)[:, None]
+        raw = widen(delta) if bias is None else widen(delta) + widen(bias)[:, None]
         by = by * torch.sigmoid(raw)
     if bias is None:
         return by, by.new_empty(0)
@@ -218,22 +214,22 @@ def _composite(
     """The scan in ordinary operators, for exporters, transforms and gradients of gradients."""
     layout = _Layout(u, _groups(b, c), cut=True)
     d = layout.channelwise(_softplus(delta, bias, softplus))
-    x = d * layout.channelwise(_wide(u))
-    s = _run_plain((d * layout.decay(_wide(a))).exp(), x * layout.statewise(_wide(b)))
-    return layout.to_channels((s * layout.statewise(_wide(c))).sum(4, keepdim=True)).to(u.dtype)
+    x = d * layout.channelwise(widen(u))
+    s = _run_plain((d * layout.decay(widen(a))).exp(), x * layout.statewise(widen(b)))
+    return layout.to_channels((s * layout.statewise(widen(c))).sum(4, keepdim=True)).to(u.dtype)
 
 
 def _reference(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, softplus: bool
 ) -> Tensor:
     """The loop over time."""
-    d, wide_u, a = _softplus(delta, bias, softplus), _wide(u), _wide(a)
+    d, wide_u, a = _softplus(delta, bias, softplus), widen(u), widen(a)
     per_channel = []
     for vectors in (b, c):
         if vectors.dim() == 2:
-            per_channel.append(_wide(vectors)[None, :, :, None].expand(-1, -1, -1, u.shape[2]))
+            per_channel.append(widen(vectors)[None, :, :, None].expand(-1, -1, -1, u.shape[2]))
         else:
-            per_channel.append(_wide(vectors).repeat_interleave(u.shape[1] // vectors.shape[1], 1))
+            per_channel.append(widen(vectors).repeat_interleave(u.shape[1] // vectors.shape[1], 1))
     enters, leaves = per_channel
     state = torch.zeros(u.shape[0], *a.shape, dtype=wide_u.dtype, device=u.device)
     found = []
@@ -290,7 +286,7 @@ def _fake(u: Tensor, *rest: Any) -> Tensor:
 
 def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, bias, _, _ = arguments
-    by_bias = _wide(grad).new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    by_bias = widen(grad).new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return *(t.new_empty(t.shape) for t in tensors), by_bias
 
 

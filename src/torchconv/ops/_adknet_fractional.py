@@ -14,10 +14,10 @@ from torch import Tensor
 from torchconv._common import check, check_positive
 from torchconv.kernels._custom import in_ordinary_operators
 from torchconv.kernels._layout import keep_layout
+from torchconv.kernels.precision import wide_dtype
 from torchconv.kernels.resample import mirror_pad
 
 _CHUNK = 1 << 20  # samples taken at once
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def fractional_downscale(
@@ -78,7 +78,7 @@ def fractional_downscale(
     dtype = x.dtype
     for tensor in (kernels, offsets_v, offsets_h):
         dtype = torch.promote_types(dtype, tensor.dtype)
-    wide = torch.float32 if dtype in _HALF else dtype
+    wide = wide_dtype(dtype)
     size = (int(x.shape[2]), int(x.shape[3]))
     padded = mirror_pad(x.to(wide), [(-border, n + border) for n in size])
     tensors = (padded, kernels.to(wide), offsets_v.to(wide), offsets_h.to(wide))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
+from torchconv.kernels.precision import widen
 
 STARTS = ("random", "double_exp")
 _FEW = 0.05  # share of taps above the threshold at the start below which training is hopeless
@@ -54,7 +55,7 @@ def smooth_frequencies(kernel: Tensor, window: int) -> Tensor:
     check_positive("window", window)
     if kernel.shape[-1] < 2:
         raise ValueError(f"kernel of {kernel.shape[-1]} tap: the spectrum of at least 2 can be smoothed")
-    wide = kernel.float() if kernel.dtype in (torch.float16, torch.bfloat16) else kernel
+    wide = widen(kernel)
     spectrum = torch.fft.rfft(wide)
     offset = torch.arange(window, device=kernel.device, dtype=wide.dtype) - window // 2
     weight = torch.exp(-0.5 * offset.square()).reshape(1, 1, -1)

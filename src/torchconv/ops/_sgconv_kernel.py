@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
-
-_HALF = (torch.float16, torch.bfloat16)
+from torchconv.kernels.precision import widen
 
 
 def octave_count(l_max: int, kernel_dim: int, init_scale: int = 0) -> int:
@@ -73,7 +72,7 @@ def structured_kernel(
     total = _stretched(octaves[0].shape[-1], n - 1 + init_scale)
     wanted = total if length is None else min(length, total)
     for i, octave in enumerate(octaves):
-        wide = octave.float() if octave.dtype in _HALF else octave
+        wide = widen(octave)
         added = "sum" in mode
         block = _interpolated(wide, (i if added else max(0, i - 1)) + init_scale, "nearest" in mode)
         scale = multiplier ** (n - i - 1)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.kernels._layout import keep_layout
+from torchconv.kernels.precision import wide_dtype
 from torchconv.ops._common import (
     CONV,
     Padding,
@@ -65,7 +66,7 @@ def band_means(x: Tensor, bins: int) -> Tensor:
     n = flat.shape[2]
     bin_, position = torch.arange(bins, device=x.device), torch.arange(n, device=x.device)
     first, beyond = bin_ * n // bins, ((bin_ + 1) * n + bins - 1) // bins
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = wide_dtype(x.dtype)
     inside = ((position[:, None] >= first) & (position[:, None] < beyond)).to(wide)
     return ((flat.to(wide) @ inside) / (beyond - first).to(wide)).to(x.dtype)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels.precision import widen
 from torchconv.ops._common import ChannelNorm, apply_conv, check_input
 from torchconv.ops.deeprftv2_reversible import MEMORIES, keep_away_from_zero, reversible_column
 
@@ -238,7 +239,7 @@ class FourierKernelEstimator(nn.Module):
         maps = torch.cat([self.feature_extract["intro_inp"](feature), self.feature_extract["intro_deconv"](feature)], 1)
         if self.padding:
             maps = F.pad(maps, [self.padding] * 4, mode="replicate")
-        maps = maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
+        maps = widen(maps)
         size = [int(maps.shape[2]), int(maps.shape[3])]
         if maps.numel():
             spectrum = torch.fft.rfft2(maps)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.kernels.deform import deformable_sum
+from torchconv.kernels.precision import wide_dtype
 from torchconv.ops._common import (
     Padding,
     Size,
@@ -129,7 +130,7 @@ def dcnv4(
         expected = f"({value.shape[0]}, {size[0]}, {size[1]}, >= {3 * taps * groups})"
         raise ValueError(f"offset_mask of shape {tuple(offset_mask.shape)}: expected {expected}")
     split = offset_mask[..., : 3 * taps * groups].unflatten(3, (groups, 3 * taps)).permute(0, 3, 4, 1, 2)
-    wide = torch.float32 if split.dtype in (torch.float16, torch.bfloat16) else split.dtype
+    wide = wide_dtype(split.dtype)
     offsets = split[:, :, : 2 * taps].to(wide).unflatten(2, (taps, 2)).permute(0, 1, 2, 4, 5, 3)
     positions = sampling_positions(offsets, kernel, strides, pads, dilations, offset_scale, remove_center)
     y = deformable_sum(value.permute(0, 3, 1, 2), positions, split[:, :, 2 * taps :])

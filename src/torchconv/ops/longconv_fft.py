@@ -27,6 +27,7 @@ from torchconv.kernels._long_monarch import (
     three_pass_conv,
 )
 from torchconv.kernels.long import check_input, long_conv
+from torchconv.kernels.precision import HALF, wide_dtype
 
 __all__ = [
     "BlockFFT",
@@ -76,7 +77,7 @@ def frequency_sparse_conv(x: Tensor, kernel: Tensor, partial: int) -> Tensor:
     if kernel.dim() != 2 or kernel.shape[0] != x.shape[1] or kernel.shape[1] < 1:
         raise ValueError(f"kernel of shape {tuple(kernel.shape)}: expected ({x.shape[1]}, K) with K ≥ 1")
     n = 2 * x.shape[-1]
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = wide_dtype(x.dtype)
     spectrum = torch.fft.rfft(kernel.to(wide), n)[..., : partial // 2]
     kept = spectrum.shape[-1]
     product = torch.fft.rfft(x.to(wide), n)[..., :kept] * spectrum
@@ -157,7 +158,7 @@ class BlockFFT(nn.Module):
                 f"x of shape {tuple(x.shape)}: expected (…, {self.H}, L), as there are matrices for H={self.H}"
             )
         size = power_of_two(samples)
-        if x.dtype in (torch.float16, torch.bfloat16):
+        if x.dtype in HALF:
             x = x.float()
         radix = min(_RADIX, self.max_m)
         matrices = None

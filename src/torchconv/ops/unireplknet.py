@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.kernels.precision import HALF
 from torchconv.ops._common import (
     BATCH_NORM,
     CONV,
@@ -309,7 +310,7 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor | None = None, e
     Reference: Woo et al., arXiv 2301.00808, algorithm 1.
     """
     places = tuple(range(1, x.dim() - 1))
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in HALF:
         response = torch.linalg.vector_norm(x, dim=places, keepdim=True)  # squares would overflow
     else:
         # Six times as fast as vector_norm over axes that are not the last; a channel of zeros gets no gradient in both.
