@@ -1,31 +1,37 @@
-"""HRVMamba's operators: selective scan and its directions, DCNv4, the block and the module of parallel resolutions."""
+"""HRVMamba: selective scan and its directions, DCNv4, the block, the module of parallel resolutions, the networks."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
 
-from tests.parity.core import Adapted, Case, ParityError
+from tests.parity.core import Adapted, Case
 from torchconv.kernels import selective_scan
+from torchconv.models.classify.hrvmamba import HRVMamba, convert_name, convert_official, read_official
 from torchconv.models.classify.hrvmamba_block import DVSSBlock, HRModule
 from torchconv.ops.hrvmamba_dcn import dcnv4
 from torchconv.ops.hrvmamba_scan import SelectiveScan2d, cross_merge, cross_scan
 
 
 def adapt(case: Case) -> Adapted:
-    """Which part it is follows from the inputs and the keys of the config."""
+    """Which part it is follows from the inputs and the state."""
     config = case.config
     if "delta" in case.inputs or any(n.startswith("cross_") for n in case.outputs):
         return Adapted(lambda inputs: _scan(case, inputs))
     if "offset_mask" in case.inputs:
         return Adapted(lambda inputs: {"y": _dcn(config, inputs)})
-    if "num_modules" in config or any(n.startswith(("conv1.", "stage", "transition")) for n in case.state):
-        raise ParityError("the backbone is not there yet; operators, block and module are")
-    if "num_branches" in config:
+    if any(re.match(r"(.*\.)?stage2\.", n) for n in case.state):
+        return _network(case)
+    if any(n.startswith("branches.") for n in case.state):
         return _module(case)
-    block = _as_stored(case, DVSSBlock(config["hidden_dim"], **_options(config, case.state)))
-    return Adapted(lambda inputs: {"y": block(inputs["x"])}, block)
+    block = _as_stored(case, DVSSBlock(_channels(case.state, ""), **_options(config, case.state)))
+    return Adapted(lambda inputs: {"y": block(_image(inputs))}, block)
+
+
+def _image(inputs: dict[str, Tensor]) -> Tensor:
+    return inputs["x"] if "x" in inputs else next(t for t in inputs.values() if t.dim() == 4)
 
 
 def _as_stored(case: Case, module: nn.Module) -> nn.Module:
@@ -69,34 +75,96 @@ def _dcn(config: dict[str, Any], inputs: dict[str, Tensor]) -> Tensor:
     )
 
 
+def _channels(state: dict[str, Tensor], prefix: str) -> int:
+    return state[f"{prefix}norm.weight"].shape[0]
+
+
 def _options(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
-    rank = config.get("ssm_dt_rank", "auto")
+    """Of the blocks, read off the first one."""
+
+    def shape(name: str) -> Any:
+        return next(t.shape for n, t in sorted(state.items()) if n.endswith(name))
+
+    channels, hidden = shape("norm.weight")[0], shape("mlp.fc1.weight")[0]
+    rows, states = shape("op.A_logs")
+    inner, rank = rows // 4, shape("op.dt_projs_weight")[2]
     heads = [t.shape[2] for n, t in state.items() if n.endswith("offset_mask_dw.weight")]
+    names = [n for n in state if n.endswith("op.out_norm.weight")]
+    # The published rule says which blocks have a convolution before the head; a state may differ from it.
+    ruled = [n for n in names if state[n.replace("op.out_norm", "norm")].shape[0] % 80 == 0]
+    head = "auto" if len(ruled) == len(heads) and set(heads) <= {3} else heads[0] if heads else None
     return {
         "local": any("cpe1." in n for n in state),
-        "mlp_ratio": config.get("mlp_ratio", 2.0),
-        "ratio": config.get("ssm_ratio", 2.0),
-        "states": config.get("ssm_d_state", 1),
-        "rank": None if rank == "auto" else rank,
-        "gated": "noz" not in config.get("forward_type", "v05_noz"),
-        "head_kernel": int(heads[0]) if heads else None,
+        "mlp_ratio": _ratio(hidden, channels, config.get("mlp_ratio", 2.0)),
+        "ratio": _ratio(inner, channels, config.get("ssm_ratio", 2.0)),
+        "states": states,
+        "rank": None if rank == -(-channels // 16) else rank,
+        "gated": shape("op.in_proj.weight")[0] == 2 * inner,
+        "head_kernel": head,
     }
 
 
+def _ratio(part: int, whole: int, said: float) -> float:
+    return said if int(whole * said) == part else (part + 0.5) / whole
+
+
+def _places(state: dict[str, Tensor], prefix: str = "") -> list[tuple[int, ...]]:
+    """The numbers in the names of blocks: of stage, module, resolution and block, as far as the names have them."""
+    found = {m[0] for n in state if (m := re.match(rf"{prefix}.*?branches\.\d+\.\d+\.", n))}
+    return sorted(tuple(map(int, re.findall(r"\d+", name))) for name in found)
+
+
 def _module(case: Case) -> Adapted:
-    config = case.config
-    blocks = config.get("num_blocks", 2)
-    module = HRModule(
-        config["num_channels"],
-        blocks if isinstance(blocks, int) else list(blocks),
-        config.get("multiscale_output", True),
-        **_options(config, case.state),
+    config, state = case.config, case.state
+    places = _places(state)
+    resolutions = 1 + max(b for b, _ in places)
+    blocks = [1 + max(n for b, n in places if b == branch) for branch in range(resolutions)]
+    several = config.get("multiscale_output", True) and (
+        resolutions == 1 or any(n.startswith("fuse_layers.1.") for n in state)
+    )
+    channels = [_channels(state, f"branches.{b}.0.") for b in range(resolutions)]
+    module = HRModule(channels, blocks, several, **_options(config, state))
+
+    def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _named(case, module([inputs[f"x{i}"] for i in range(resolutions)]))
+
+    return Adapted(forward, _as_stored(case, module))
+
+
+def _named(case: Case, ys: list[Tensor]) -> dict[str, Tensor]:
+    if len(ys) == 1 and "y" in case.outputs:
+        return {"y": ys[0]}
+    return {f"y{i}": y for i, y in enumerate(ys)}
+
+
+def _network(case: Case) -> Adapted:
+    state = convert_official(case.state)
+    places = _places(state, "stage")
+    last = max(s for s, *_ in places)
+    stages = range(2, last + 1)
+    modules = [1 + max(m for s, m, _, _ in places if s == stage) for stage in stages]
+    blocks = [
+        [1 + max(n for s, _, b, n in places if (s, b) == (stage, branch)) for branch in range(stage)]
+        for stage in stages
+    ]
+    found = read_official(state)
+    network = HRVMamba(
+        in_chans=state["conv1.weight"].shape[1],
+        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        channels=[_channels(state, f"stage{last}.0.branches.{b}.0.") for b in range(last)],
+        stage1_channels=state["layer1.0.conv1.weight"].shape[0],
+        stage1_blocks=1 + max(int(n.split(".")[1]) for n in state if n.startswith("layer1.")),
+        modules=modules,
+        blocks=blocks,
+        stem_channels=state["conv1.weight"].shape[0],
+        **found,
+        **_options(case.config, state),
     )
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        ys = module([inputs[f"x{i}"] for i in range(len(config["num_channels"]))])
-        if len(ys) == 1 and "y" in case.outputs:
-            return {"y": ys[0]}
-        return {f"y{i}": y for i, y in enumerate(ys)}
+        if not network.dense and "y0" not in case.outputs:
+            name = next(n for n in case.outputs if not n.startswith("buffer."))
+            return {name: network(_image(inputs))}
+        return _named(case, network.forward_maps(_image(inputs)))
 
-    return Adapted(forward, _as_stored(case, module))
+    return Adapted(forward, _as_stored(case, network), convert_official, names=convert_name)

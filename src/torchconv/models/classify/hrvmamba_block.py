@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
@@ -174,6 +175,7 @@ class HRModule(nn.Module):
             nn.Sequential(*(DVSSBlock(c, drop_path=rates[n], **options, **place) for n in range(count)))
             for c, count in zip(channels, counts, strict=True)
         )
+        self.grad_checkpointing = False
         outputs = len(channels) if multiscale_output else 1
         self.fuse_layers = nn.ModuleList(
             nn.ModuleList(
@@ -187,10 +189,19 @@ class HRModule(nn.Module):
             for i in range(outputs if len(channels) > 1 else 0)
         )
 
+    def _run(self, branch: Any, x: Tensor) -> Tensor:
+        """Blocks of one resolution; in training their inputs alone are kept if ``grad_checkpointing`` is set."""
+        if not (self.grad_checkpointing and self.training):
+            y: Tensor = branch(x)
+            return y
+        for block in branch:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Transform all resolutions."""
         check(len(xs) == len(self.branches), "xs", len(xs), f"expected {len(self.branches)} maps")
-        maps = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
+        maps = [self._run(branch, x) for branch, x in zip(self.branches, xs, strict=True)]
         if len(maps) == 1:
             return maps
         found = []
