@@ -1,14 +1,18 @@
-"""DFYP's edge operators, router, gate, channel attention, convolution block, histograms and Gaussian process."""
+"""DFYP's parts and whole networks; the networks' weights and inputs are drawn by the formula in the files' notes."""
 
 from __future__ import annotations
 
 import ast
+import math
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
+from torchconv.models.forecast import dfyp, dfyp_sentinel
+from torchconv.models.forecast.dfyp_vit import ViT
 from torchconv.ops.dfyp import EdgeOperator, OperatorBlend, OperatorRouter, ResolutionAttention
 from torchconv.ops.dfyp_yield import ConvBlock, gaussian_process, histogram_features
 
@@ -25,6 +29,10 @@ def adapt(case: Case) -> Adapted:
     kind = case.config.get("cls")
     if kind == "YearOperatorRouter":
         return _router(case)
+    if kind in ("DFYPNet", "SentinelDFYPNet"):
+        return _network(case, kind == "DFYPNet")
+    if kind == "ViT":
+        return _vit(case)
     module = _module(case, kind)
     return Adapted(
         lambda inputs: {"y": module(inputs["x"])},
@@ -51,7 +59,77 @@ def _module(case: Case, kind: str | None) -> nn.Module:
         return ConvBlock(config["in_channels"], config["out_channels"], size, stride, config.get("dropout", 0.0))
     if kind == "SentinelCropOperatorGate":
         return OperatorBlend(default=config.get("operator_type", "sobel"), grey=True)
-    raise ParityError(f"{kind or case.name}: the networks and the vision transformer are still to come")
+    raise ParityError(f"{kind or case.name}: unknown class")
+
+
+def _vit(case: Case) -> Adapted:
+    """Sizes from the state, image, patch and heads from the config."""
+    config = case.config
+    heads, channels = config.get("heads", 8), config.get("channels", 9)
+    found = dfyp.read_vit(case.state, heads, prefix="")
+    options = {k: config[k] for k in ("dim_head", "mlp_dim", "dropout", "emb_dropout") if k in config}
+    project = "transformer.layers.0.0.to_out.0.weight" in case.state or not found["depth"]
+    size, patch = config.get("image_size", 32), config.get("patch_size", 4)
+    module = ViT(size, patch, channels, heads=heads, project=project, **{**options, **found})
+    return Adapted(lambda inputs: {"y": module(inputs["x"])}, module, state=dfyp.convert_official)
+
+
+def drawn(case: Case) -> dict[str, Tensor]:
+    """The state by the formula of the note: tensor k of the sorted names, entry i."""
+    names = sorted(n for n in case.config["names_shapes"] if not (_fixed(n) or n.endswith("num_batches_tracked")))
+    found = {}
+    for k, name in enumerate(names):
+        shape = case.config["names_shapes"][name]
+        r = 2 * _fraction(math.prod(shape), 78.233 * k) - 1
+        if not shape:
+            r = 0.5 + 0.2 * r
+        elif name.endswith("running_var"):
+            r = 1 + 0.3 * r
+        elif len(shape) == 1:
+            r = 0.2 * r + name.endswith("weight")
+        else:
+            r = r * math.sqrt(6 / math.prod(shape[1:]))
+        found[name] = r.reshape(shape).float()
+    return found
+
+
+def _fraction(count: int, phase: float) -> Tensor:
+    z = torch.sin(12.9898 * torch.arange(count, dtype=torch.float64) + phase) * 43758.5453
+    return z - z.floor()
+
+
+def _network(case: Case, modis: bool) -> Adapted:
+    """Sizes from the state first, from the config second."""
+    config = case.config
+    state = dfyp.convert_official(case.state or drawn(case))
+    given = {k: config[k] for k in ("dropout", "emb_dropout", "dim_head", "image_size", "patch_size") if k in config}
+    net: Any
+    if modis:
+        found = dfyp.read_official(state, config.get("heads", 8), config.get("num_bins", 32))
+        table, default = config.get("year_operator_map") or {}, config.get("default_operator", "learnable")
+        given |= {k: config[k] for k in ("time", "num_periods", "reduction") if k in config}
+        given.pop("image_size", None)
+        net = dfyp.DFYPNet(**{**found, **given}, table=table, default=default)
+    else:
+        found = dfyp_sentinel.read_official(state, config.get("heads", 6), config.get("patch_size"))
+        net = dfyp_sentinel.SentinelDFYPNet(**{**found, **given}, operator=config.get("operator_type", "sobel"))
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    missing = [n for n in missing if not (n.endswith("num_batches_tracked") or "operator_router.logits" in n)]
+    if missing or unexpected:
+        raise ParityError(f"state does not fit: missing {missing}, unexpected {unexpected}")
+
+    def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = inputs.get("x")
+        if x is None:
+            shape = config["input_shape"]
+            x = (4 * _fraction(math.prod(shape), 0.0) - 2).reshape(shape).float()
+        years = inputs["years"] if "years" in inputs else config.get("years")
+        cnn, vit = net.branches(x, years) if modis else net.branches(x)
+        attention = net.se_block if modis else net.se
+        s = attention(x.flatten(0, -4)).reshape(x.shape)
+        return {"y": net.a1 * cnn + net.a2 * vit, "cnn": cnn, "vit": vit, "se": s.mean((-2, -1))}
+
+    return Adapted(forward, net, state=dfyp.convert_official, fresh=lambda n: not case.state or n.endswith("tracked"))
 
 
 def _histogram(config: dict[str, Any], image: Tensor) -> Tensor:
