@@ -1,4 +1,4 @@
-"""Res-FFT-ReLU in its forms, the Fourier kernel estimator, and a reversible column of toy levels."""
+"""The networks, Res-FFT-ReLU in its forms, the Fourier kernel estimator, and a reversible column of toy levels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
+from torchconv.models.restore import deeprftv2, deeprftv2_first
 from torchconv.ops.deeprftv2 import ComplexSpectral, ResFFTConv2d
 from torchconv.ops.deeprftv2_kernel import FourierKernelEstimator
 from torchconv.ops.deeprftv2_reversible import reversible_column
@@ -17,14 +18,57 @@ from torchconv.ops.deeprftv2_reversible import reversible_column
 def adapt(case: Case) -> Adapted:
     """Which part it is follows from the keys of the config."""
     config = case.config
-    if "dims" in config or "base_channel" in config:
-        raise ParityError("the whole networks are not there yet; operators, estimator and reversible column are")
+    if any("patch_embed_maxs." in n for n in case.state):
+        return _network(case)
+    if any(n.startswith("feat_extract.") for n in case.state):
+        return _first_network(case)
     if "levels" in config:
         return _column(case)
     if "feature_channels" in config:
         return _estimator(case)
     module = _block(case)
     return Adapted(lambda inputs: {"y": module(inputs["x"])}, module)
+
+
+def _only_output(case: Case, name: str) -> None:
+    """The cotangent is that of ``name``, among outputs of the same shape."""
+    if "cotangent" in case.inputs:
+        case.inputs[f"cotangent.{name}"] = case.inputs.pop("cotangent")
+
+
+def _network(case: Case) -> Adapted:
+    options = deeprftv2.read_official(deeprftv2.convert_official(case.state))
+    module = deeprftv2.DeepRFTv2(**options)
+    _only_output(case, f"img_max.{2 * module.stages - 1}")
+
+    def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        full, mid = module(inputs["x"], all_outputs=True)
+        named = {f"img_max.{i}": y for i, y in enumerate(full)} | {f"img_mid.{i}": y for i, y in enumerate(mid)}
+        return {**named, "pyramid_half": deeprftv2.half_size(inputs["x"]), "y": full[-1]}
+
+    def names(name: str) -> str:
+        return next(iter(deeprftv2.convert_official({name: torch.empty(0)})))
+
+    return Adapted(forward, module, deeprftv2.convert_official, names)
+
+
+def _first_network(case: Case) -> Adapted:
+    state = deeprftv2_first.convert_official(case.state)
+    norm, act = case.config.get("norm", "backward"), _activation(case.config.get("act", "relu"))
+    window = case.config.get("window_size")
+    options = {**deeprftv2_first.read_official(state), "norm": norm, "activation": act, "window_size": window}
+    module = deeprftv2_first.DeepRFT(**options)
+    _only_output(case, "y")
+
+    def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        y, half, quarter = module(inputs["x"], all_outputs=True)
+        return {"y": y, "y_scale1": half, "y_scale2": quarter}
+
+    def names(name: str) -> str:
+        folded = name.removeprefix("module.").removesuffix(".W") + ".weight"
+        return folded if folded in state else name.removeprefix("module.")
+
+    return Adapted(forward, module, deeprftv2_first.convert_official, names)
 
 
 def _block(case: Case) -> nn.Module:
