@@ -177,7 +177,7 @@ def test_bad_arguments():
 
 class TestBlock:
     def test_is_the_definition(self):
-        block = randomise(VANBlock(4, 2.0, padding_mode="longitude")).eval()
+        block = randomise(VANBlock(4, 2.0)).eval()
         x = noise(2, 4, 9, 10)
         scale = [s[:, None, None] for s in (block.layer_scale_1, block.layer_scale_2)]
         y = x + scale[0] * block.attn(block.norm1(x))
@@ -185,6 +185,13 @@ class TestBlock:
         hidden = F.conv2d(hidden, block.mlp.dwconv.dwconv.weight, block.mlp.dwconv.dwconv.bias, padding=1, groups=8)
         expected = y + scale[1] * F.conv2d(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
         torch.testing.assert_close(block(x), expected)
+
+    @pytest.mark.parametrize("norm", ["batch", "layer", "group"])
+    @pytest.mark.parametrize("mode", ["longitude", "sphere"])
+    def test_is_closed_around_the_globe(self, norm, mode):
+        block = randomise(VANBlock(4, 2.0, padding_mode=mode, norm=norm)).eval()
+        x = noise(2, 4, 9, 10)
+        torch.testing.assert_close(block(x.roll(3, 3)), block(x).roll(3, 3))
 
     def test_starts_as_published(self):
         """Every convolution: variance 2 / (taps · outputs / groups), no bias."""
@@ -213,7 +220,12 @@ class TestBlock:
         assert 0.6 < kept < 0.9
 
     @pytest.mark.parametrize(
-        ("options", "named"), [({"mlp_ratio": 0.1}, "mlp_ratio"), ({"drop_path": 1.0}, "drop_path")]
+        ("options", "named"),
+        [
+            ({"mlp_ratio": 0.1}, "mlp_ratio"),
+            ({"drop_path": 1.0}, "drop_path"),
+            ({"norm": "instance"}, "norm='instance'"),
+        ],
     )
     def test_bad_arguments(self, options, named):
         with pytest.raises(ValueError, match=named):

@@ -85,8 +85,8 @@ def pad_circular(x: Tensor, columns: tuple[int, int]) -> Tensor:
     return x.index_select(-1, torch.arange(-columns[0], length + columns[1], device=x.device) % length)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, ...], mode: str) -> Tensor:
-    """Depthwise, the map's size kept, continued beyond its edges as ``mode`` says."""
+def depthwise_same(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, ...], mode: str) -> Tensor:
+    """Depthwise convolution that keeps the map's size, continued beyond its edges as ``mode`` says."""
     if mode == "zeros":
         return conv_nd(x, weight, bias, padding="same", dilation=dilation, groups=weight.shape[0])
     *others, columns = resolve_padding("same", weight.shape[2:], dilation)
@@ -132,8 +132,8 @@ def large_kernel_attention(
     _check_mode(padding_mode, ndim)
     wide = ntuple("dilation", dilation, ndim)
     spaced = tuple(a * b for a, b in zip(wide, ntuple("spread_dilation", spread_dilation, ndim), strict=True))
-    gate = _conv(x, local, biases[0], wide, padding_mode)
-    gate = _conv(gate, spread, biases[1], spaced, padding_mode)
+    gate = depthwise_same(x, local, biases[0], wide, padding_mode)
+    gate = depthwise_same(gate, spread, biases[1], spaced, padding_mode)
     return x * conv_nd(gate, pointwise, biases[2])
 
 
