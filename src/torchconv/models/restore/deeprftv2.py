@@ -26,6 +26,7 @@ from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
 from torchconv.models._registry import register_model
 from torchconv.models.restore.deeprftv2_column import LEVELS, Halve, decoder, encoder
+from torchconv.models.restore.deeprftv2_loss import deblur_loss
 from torchconv.models.restore.tiles import restore
 from torchconv.ops._common import check_input
 from torchconv.ops.deeprftv2_kernel import FourierKernelEstimator
@@ -218,6 +219,12 @@ class DeepRFTv2(nn.Module):
             images.append(image)
         return (images, mid_images) if all_outputs else images[-1]
 
+    def loss(self, x: Tensor, target: Tensor, weight: float = 0.01) -> Tensor:
+        """Of all images against ``target`` and its half; see :mod:`torchconv.models.restore.deeprftv2_loss`."""
+        images, mid_images = self(x, all_outputs=True)
+        targets = [target] * len(images) + [half_size(target)] * len(mid_images)
+        return deblur_loss([*images, *mid_images], targets, weight)
+
     @torch.no_grad()
     def predict(self, x: Tensor, tile: int | None = 512, overlap: int = 48) -> Tensor:
         """The deblurred image in [0, 1], of any size, in tiles as published; see :func:`restore`."""
@@ -269,11 +276,11 @@ def read_official(state: dict[str, Tensor]) -> dict[str, Any]:
 
 @register_model("deeprftv2")
 def deeprftv2_base(**options: Any) -> DeepRFTv2:
-    """The published sizes with NAF blocks throughout: width 48, two stages."""
+    """The published sizes with NAF blocks throughout: width 48, two stages; 21,181,752 parameters."""
     return DeepRFTv2(**options)
 
 
 @register_model("deeprftv2")
 def deeprftv2_tiny(**options: Any) -> DeepRFTv2:
-    """Width 16, one to two blocks a level; not published, for small data."""
+    """Width 16, one to two blocks a level, 804,216 parameters; not published, for small data."""
     return DeepRFTv2(**{"widths": (16, 16), "encoder": (1, 1, 2), "decoder": (2, 1, 1), **options})
