@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchconv.ops.ffdnn import FFC1d, FFC2d, FFC3d, FFCBlock, split_channels
-from torchconv.ops.ffdnn_series import (
+from torchconv.ops.ffdnn_capsules import (
     CapsuleEncoder,
-    FourierKernelConv1d,
+    DynamicRouting,
+    MarginLoss,
     dynamic_routing,
-    fourier_kernel_conv,
     margin_loss,
     squash,
-    time_kernel,
-    vegetation_index,
 )
+from torchconv.ops.ffdnn_series import FourierKernelConv1d, fourier_kernel_conv, time_kernel, vegetation_index
 from torchconv.ops.ffdnn_spectral import FourierUnit, SpectralTransform, on_spectrum, quarters
 
 
@@ -288,6 +287,26 @@ def test_margin_loss():
     lengths = torch.tensor([[0.5, 0.6], [0.9, 0.3]])
     expected = ((0.3**2 + 0.5 * 0.4**2) + 0.5 * 0.2**2) / 2
     torch.testing.assert_close(margin_loss(lengths, label), torch.tensor(expected))
+    torch.testing.assert_close(MarginLoss()(lengths, label), torch.tensor(expected))
+    strict = MarginLoss(upper=1.0, lower=0.0, absent=1.0)
+    squares = (0.4**2 + 0.5**2 + 0.1**2 + 0.3**2) / 2
+    torch.testing.assert_close(strict(lengths, label), torch.tensor(squares))
+    with pytest.raises(ValueError, match=r"upper=0\.1"):
+        MarginLoss(upper=0.1)
+    with pytest.raises(ValueError, match="absent=-1"):
+        MarginLoss(absent=-1)
+
+
+def test_routing_module():
+    routing, u = DynamicRouting(4, 3, 5, 2, iterations=2).double(), noise(2, 4, 5)
+    for ours, expected in zip(routing(u), dynamic_routing(u, routing.weight, 2), strict=True):
+        assert torch.equal(ours, expected)
+    votes = torch.einsum("ijpk,nip->nijk", DynamicRouting(200, 3).weight, F.normalize(torch.randn(9, 200, 8), dim=2))
+    assert abs(float(votes.detach().square().sum(3).mean()) - 1) < 0.1  # as large as the capsules that cast them
+    with pytest.raises(ValueError, match="outputs=0"):
+        DynamicRouting(4, 0)
+    with pytest.raises(ValueError, match="weight of shape"):
+        routing(noise(2, 5, 5))
 
 
 def test_capsule_encoder():
@@ -296,7 +315,7 @@ def test_capsule_encoder():
     x = torch.randn(2, 4, 6)
     u = encoder.primary_capsules(x)
     assert u.shape == (2, 6, 5)
-    torch.testing.assert_close(encoder(x)[0], dynamic_routing(u, encoder.weight)[0])
+    torch.testing.assert_close(encoder(x)[0], dynamic_routing(u, encoder.routing.weight)[0])
     assert (encoder(x)[0].norm(dim=2) < 1).all()
 
 

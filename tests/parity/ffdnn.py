@@ -8,14 +8,8 @@ from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
 from torchconv.ops.ffdnn import FFC2d, FFCBlock
-from torchconv.ops.ffdnn_series import (
-    INDICES,
-    dynamic_routing,
-    fourier_kernel_conv,
-    margin_loss,
-    time_kernel,
-    vegetation_index,
-)
+from torchconv.ops.ffdnn_capsules import dynamic_routing, margin_loss
+from torchconv.ops.ffdnn_series import INDICES, fourier_kernel_conv, time_kernel, vegetation_index
 from torchconv.ops.ffdnn_spectral import FourierUnit, SpectralTransform
 
 

@@ -93,7 +93,8 @@ def _network(kind: str) -> Any:
     import torch
     from torch import Tensor, nn
 
-    from torchconv.ops.ffdnn_series import CapsuleEncoder, FourierKernelConv1d
+    from torchconv.ops.ffdnn_capsules import CapsuleEncoder
+    from torchconv.ops.ffdnn_series import FourierKernelConv1d
 
     class Network(nn.Module):
         def __init__(self) -> None:
@@ -118,7 +119,7 @@ def _train(kind: str, data: tuple[Any, ...], seed: int, steps: int) -> tuple[Any
     import torch
     import torch.nn.functional as F
 
-    from torchconv.ops.ffdnn_series import margin_loss
+    from torchconv.ops.ffdnn_capsules import margin_loss
 
     x, y, x_test, y_test = data
     with torch.random.fork_rng(devices=[]):

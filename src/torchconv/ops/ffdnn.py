@@ -11,7 +11,8 @@ FFC: Chi, Jiang, Mu 2020, "Fast Fourier Convolution", NeurIPS.
 
 With shares of one half: 3/4 of the convolution's parameters and multiply-adds, and 1 × 1 ones and two FFTs of a quarter
 of the channels for the rest. It is not equivariant to shifts: a shift turns the phases, and the ReLU acts on real and
-imaginary parts. Parts for time series (Fourier kernels, capsules, indices) are in ``ops.ffdnn_series``.
+imaginary parts. Parts for time series are in ``ops.ffdnn_series`` (Fourier kernels, indices) and
+``ops.ffdnn_capsules``.
 """
 
 from __future__ import annotations

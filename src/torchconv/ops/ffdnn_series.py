@@ -1,19 +1,16 @@
-"""Parts for crop-stress time series: kernels learned in the Fourier domain, capsules with routing, vegetation indices.
+"""Parts for crop-stress time series: kernels learned in the Fourier domain, and vegetation indices.
 
 Shi, Han et al. 2023, "A Fast Fourier Convolutional Deep Neural Network For Accurate and Explainable Discrimination Of
-Wheat Yellow Rust And Nitrogen Deficiency From Sentinel-2 Time-Series Data", arXiv 2306.17207. Routing and margin loss:
-Sabour, Frosst, Hinton 2017, arXiv 1710.09829. No code of the paper could be found, so that sizes are ours.
+Wheat Yellow Rust And Nitrogen Deficiency From Sentinel-2 Time-Series Data", arXiv 2306.17207. No code of the
+paper could be found, so that sizes are ours. Capsules are in ``ops.ffdnn_capsules``.
 
-    kernel   y = irfft(W ⊙ rfft(x)), W[i, o, f] complex: a circular convolution with irfft(W), O(T log T)
-    routing  û_ij = W_ij u_i;  b = 0;  r times:  c_i = softmax_j(b_ij), v_j = squash(Σ_i c_ij û_ij), b_ij += û_ij · v_j
-    squash   |s|²/(1 + |s|²) · s/|s|
+    y = irfft(W ⊙ rfft(x)), W[i, o, f] complex: a circular convolution with irfft(W), O(T log T)
 
-2·C·C'·(⌊T/2⌋ + 1) parameters the kernel, n_in·n_out·p·k the routing.
+2·C·C'·(⌊T/2⌋ + 1) parameters.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,166 +169,6 @@ class FourierKernelConv1d(nn.Module):
         """Arguments for ``repr``."""
         band = (self.first, self.last)
         return f"{self.in_channels}, {self.out_channels}, {self.length}, depthwise={self.depthwise}, band={band}"
-
-
-def squash(s: Tensor, eps: float = 1e-8) -> Tensor:
-    """Shorten vectors to a length in [0, 1) and keep their direction: |s|²/(1 + |s|²) · s/|s|, over the last axis.
-
-    Args:
-        s: vectors.
-        eps: added to |s|² in the root, for a gradient at zero.
-
-    Shape:
-        (…, k) → (…, k). Half precision is computed in float32.
-
-    Example:
-        >>> squash(torch.tensor([3.0, 4.0])).norm().round(decimals=4)
-        tensor(0.9615)
-
-    Reference: arXiv 1710.09829, equation 1.
-    """
-    wide = s.float() if s.dtype in _HALF else s
-    squared = wide.square().sum(-1, keepdim=True)
-    return (wide * (squared / (1 + squared) * torch.rsqrt(squared + eps))).to(s.dtype)
-
-
-def dynamic_routing(u: Tensor, weight: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:
-    """Routing by agreement from input capsules to output capsules.
-
-    The softmax is over the output capsules: each input shares itself out. Gradients flow through all iterations.
-
-    Args:
-        u: input capsules.
-        weight: (n_in, n_out, p, k).
-        iterations: r ≥ 1; at 1 every input is shared out evenly.
-
-    Shape:
-        u (N, n_in, p) → capsules (N, n_out, k) and the shares (N, n_in, n_out) that made them.
-
-    Raises:
-        ValueError: ``iterations`` below 1, or shapes that do not fit.
-
-    Example:
-        >>> v, shares = dynamic_routing(torch.ones(1, 4, 2), torch.ones(4, 3, 2, 5), iterations=1)
-        >>> v.shape, shares[0, 0]
-        (torch.Size([1, 3, 5]), tensor([0.3333, 0.3333, 0.3333]))
-
-    Reference: arXiv 1710.09829, procedure 1.
-    """
-    check_positive("iterations", iterations)
-    check(u.dim() == 3, "u", tuple(u.shape), "expected (N, n_in, p)")
-    if weight.dim() != 4 or weight.shape[0] != u.shape[1] or weight.shape[2] != u.shape[2]:
-        expected = f"({u.shape[1]}, n_out, {u.shape[2]}, k)"
-        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected {expected}")
-    votes = torch.einsum("ijpk,nip->nijk", weight, u)
-    logits = votes.new_zeros(votes.shape[:3])
-    for step in range(iterations):
-        shares = logits.softmax(2)
-        v = squash(torch.einsum("nij,nijk->njk", shares, votes))
-        if step + 1 < iterations:
-            logits = logits + torch.einsum("nijk,njk->nij", votes, v)
-    return v, shares
-
-
-def margin_loss(lengths: Tensor, label: Tensor, upper: float = 0.9, lower: float = 0.1, absent: float = 0.5) -> Tensor:
-    """Σ_k [k = label]·max(0, upper − |v_k|)² + absent·[k ≠ label]·max(0, |v_k| − lower)², averaged over the batch.
-
-    Args:
-        lengths: lengths of the class capsules.
-        label: classes.
-        upper, lower, absent: margins, and the weight of the other classes.
-
-    Shape:
-        (N, classes), (N,) → a number.
-
-    Raises:
-        ValueError: labels of another shape, or no integers.
-
-    Example:
-        >>> margin_loss(torch.tensor([[0.95, 0.05]]), torch.tensor([0]))
-        tensor(0.)
-
-    Reference: arXiv 1710.09829, equation 4.
-    """
-    fits = label.shape == lengths.shape[:1] and not label.is_floating_point()
-    check(fits, "label", tuple(label.shape), f"expected {lengths.shape[0]} class numbers, one an item")
-    right = F.one_hot(label.long(), lengths.shape[1]).to(lengths.dtype)
-    loss = right * F.relu(upper - lengths).square() + absent * (1 - right) * F.relu(lengths - lower).square()
-    return loss.sum(1).mean()
-
-
-@part(
-    "capsules",
-    paper="ffdnn",
-    kind="layer",
-    dims=(1,),
-    probe={"build": {"channels": 6, "length": 8, "classes": 3}, "inputs": [[2, 6, 8]]},
-    keywords="capsule network dynamic routing encoder classifier time series explainable",
-)
-class CapsuleEncoder(nn.Module):
-    """A capsule for each step of a series, routed to one for each class; their lengths are the scores.
-
-    Args:
-        channels: C.
-        length: T, steps of a series.
-        classes: class capsules.
-        primary: p, numbers in the capsule of a step.
-        dim: k, numbers in the capsule of a class.
-        iterations: of the routing.
-
-    Shape:
-        (N, channels, length) → class capsules (N, classes, dim) and shares (N, length, classes): which steps voted for
-        which class.
-
-    Raises:
-        ValueError: an argument is out of range, or series of another length.
-
-    Example:
-        >>> v, shares = CapsuleEncoder(32, 24, 3)(torch.zeros(5, 32, 24))
-        >>> v.norm(dim=2).shape, shares.shape
-        (torch.Size([5, 3]), torch.Size([5, 24, 3]))
-
-    Reference: arXiv 2306.17207; arXiv 1710.09829.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        length: int,
-        classes: int,
-        primary: int = 8,
-        dim: int = 8,
-        iterations: int = 3,
-        *,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        sizes = {"channels": channels, "length": length, "classes": classes, "primary": primary, "dim": dim}
-        for name, value in {**sizes, "iterations": iterations}.items():
-            check_positive(name, value)
-        self.channels, self.length, self.iterations = channels, length, iterations
-        self.primary = nn.Linear(channels, primary, device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.empty(length, classes, primary, dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """PyTorch's default in the linear layer; votes as large as the capsules that cast them."""
-        self.primary.reset_parameters()
-        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[2]))
-
-    def primary_capsules(self, x: Tensor) -> Tensor:
-        """The capsules of the steps, (N, length, primary); their lengths say which steps matter."""
-        check_input(x, self.channels, 1)
-        if x.shape[-1] != self.length:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)}: capsules are for series of {self.length} steps; resample it"
-            )
-        return squash(self.primary(x.transpose(1, 2)))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode and route."""
-        return dynamic_routing(self.primary_capsules(x), self.weight, self.iterations)
 
 
 SENTINEL2: dict[str, str] = {"green": "B3", "red": "B4", "edge": "B5", "nir": "B8", "narrow_nir": "B8A"}
