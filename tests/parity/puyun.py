@@ -1,4 +1,4 @@
-"""Large kernel attention and its block, the time encoding, the roll-out of a cascade, and the scores of forecasts."""
+"""Large kernel attention, its block and network, the time encoding, a cascade's roll-out, scores of forecasts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
+from torchconv.models.classify.van import VAN
 from torchconv.models.forecast.puyun_rollout import STAGES, Cascade, rollout, time_encoding
 from torchconv.models.forecast.van import VANBlock
 from torchconv.ops.puyun import LKA1d, LKA2d, LKA3d, LKAttention1d, LKAttention2d, LKAttention3d
@@ -41,6 +42,30 @@ def parts(case: Case) -> Adapted:
         y = module(inputs["x"])
         # Running statistics after the step.
         return {"y": y, **{f"after.{n}": t for n, t in module.named_buffers()}}
+
+    return Adapted(forward, module)
+
+
+def network(case: Case) -> Adapted:
+    """The whole visual attention network, its sizes from the state."""
+    state, config = case.state, case.config
+    count = len({n.partition(".")[0] for n in state if n.startswith("patch_embed")})
+    dims = [state[f"patch_embed{i}.norm.weight"].shape[0] for i in range(1, count + 1)]
+    depths = [len({n.split(".")[1] for n in state if n.startswith(f"block{i}.")}) for i in range(1, count + 1)]
+    hidden = [state[f"block{i}.0.mlp.fc1.weight"].shape[0] for i in range(1, count + 1)]
+    module = VAN(
+        state["patch_embed1.proj.weight"].shape[1],
+        state["head.weight"].shape[0] if "head.weight" in state else 0,
+        dims,
+        depths,
+        [h / d for h, d in zip(hidden, dims, strict=True)],
+        config.get("drop_rate", 0.0),
+        config.get("drop_path_rate", 0.0),
+    )
+
+    def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        y = module(inputs["x"])
+        return {"y": y, "logits": y, **{f"after.{n}": t for n, t in module.named_buffers()}}
 
     return Adapted(forward, module)
 
@@ -120,6 +145,8 @@ def scores(case: Case) -> Adapted:
 
 def adapt(case: Case) -> Adapted:
     """Which piece it is follows from the parameters and the inputs."""
+    if "patch_embed1.proj.weight" in case.state:
+        return network(case)
     if any(name.endswith("conv_spatial.weight") for name in case.state):
         return parts(case)
     if "latitude" in case.inputs:

@@ -101,8 +101,8 @@ class PuYun(nn.Module):
         mean, std: of each field, (channels,) or numbers; also :meth:`set_statistics`.
 
     Shape:
-        (N, history, channels, H, W), (N or 1, time_features) → (N, channels, H, W). W divides into patches; rows that
-        do not (721: the last, the south pole) are not looked at, and change like the row above them.
+        (N, history, channels, H, W), (N or 1, time_features) → (N, channels, H, W). Rows beyond the last whole patch
+        (721: the south pole) are not looked at, and change like the row above them; columns only with "zeros".
 
     Raises:
         ValueError: an argument is out of range.
@@ -202,14 +202,14 @@ class PuYun(nn.Module):
 
     def _patches(self, x: Tensor) -> Tensor:
         """Whole patches of the normalised states, each with its margin: (N, history·channels, H', W')."""
-        side, margin = self.patch, self.margin
-        used = x.shape[3] // side * side
+        margin = self.margin
+        rows, columns = (size // self.patch * self.patch for size in x.shape[3:])
         x = (x - self.mean[:, None, None]) / self.std[:, None, None]
         x = x.flatten(1, 2)
         if margin:
             winds = tuple(t * self.channels + i for t in range(self.history) for i in self.winds)
             x = pad_state(x, margin, self.padding_mode, winds, self.pole_rows)
-        return x[:, :, : used + 2 * margin]
+        return x[:, :, : rows + 2 * margin, : columns + 2 * margin]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """The state after ``x``."""
@@ -219,9 +219,9 @@ class PuYun(nn.Module):
             again = self.grad_checkpointing and self.training
             z = checkpoint(block, z, use_reentrant=False) if again else block(z)
         change = F.pixel_shuffle(self.head(z), self.patch)
-        rest = x.shape[3] - change.shape[2]
-        if rest:
-            change = torch.cat((change, change[:, :, -1:].expand(-1, -1, rest, -1)), 2)
+        rows, columns = x.shape[3] - change.shape[2], x.shape[4] - change.shape[3]
+        if rows or columns:
+            change = F.pad(change, [0, columns, 0, rows], mode="replicate")
         return x[:, -1] + self.std[:, None, None] * change
 
     def _check(self, x: Tensor, time: Tensor) -> None:
@@ -231,8 +231,9 @@ class PuYun(nn.Module):
         ok = time.dim() == 2 and time.shape[1] == features
         check(ok, "time", tuple(time.shape), f"expected (N, {features}) or (1, {features}), see time_encoding()")
         rows, columns = x.shape[3:]
-        remedy = f"rows and columns must hold patches of {self.patch} × {self.patch}, columns without a rest"
-        check(rows >= self.patch and columns > 0 and columns % self.patch == 0, "x", tuple(x.shape), remedy)
+        check(min(rows, columns) >= self.patch, "x", tuple(x.shape), f"holds no patch of {self.patch} × {self.patch}")
+        whole = columns % self.patch == 0 or self.padding_mode == "zeros"
+        check(whole, "x", tuple(x.shape), f"once around the globe must be a multiple of {self.patch} columns")
 
 
 @register_model("puyun")
