@@ -24,11 +24,29 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels.precision import widen
 from torchconv.models._registry import register_model
 from torchconv.ops._common import check_input, fold_bn
 from torchconv.ops.segnet import index_pool, index_unpool
 
 DECODERS = ("unpool", "unpool+add", "single-channel", "bilinear", "fcn")
+
+
+def local_response_norm(x: Tensor, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """x / (k + α/size · Σ x²)^β, the sum over the ``size`` channels around each; in single precision at least.
+
+    :func:`torch.nn.functional.local_response_norm` gives the same, but not in bfloat16 on a CPU.
+
+    Example:
+        >>> x = torch.tensor([[[[100.0]], [[200.0]]]])
+        >>> torch.allclose(local_response_norm(x), F.local_response_norm(x, 5))
+        True
+    """
+    wide = widen(x)
+    squares = F.pad(wide.square(), (0, 0, 0, 0, size // 2, (size - 1) // 2))
+    channels = x.shape[1]
+    total = torch.stack([squares[:, i : i + channels] for i in range(size)]).sum(0)
+    return (wide / (k + alpha / size * total) ** beta).to(x.dtype)
 
 
 class EncoderDecoder(nn.Module):
@@ -104,7 +122,7 @@ class EncoderDecoder(nn.Module):
         check_input(x, self.in_chans, 2)
         check(min(x.shape[2:]) > 0, "x.shape", tuple(x.shape), "has no pixels")
         if self.lrn:
-            x = F.local_response_norm(x, 5, 1e-4, 0.75, 1.0)
+            x = local_response_norm(x)
         places: list[Tensor] = []
         maps: list[Tensor] = []
         sizes: list[torch.Size] = []
@@ -199,7 +217,7 @@ class SegNet(EncoderDecoder):
             "bilinear" enlarges without the maxima, "fcn" reduces maps to classes, enlarges by learned transposed
             convolutions and adds (no further convolutions).
         in_chans: channels of the image.
-        divisor: of all widths.
+        divisor: of all widths, rounded down to at least one channel.
 
     Shape:
         (N, in_chans, H, W) → (N, num_classes, H, W), any H and W.
@@ -219,14 +237,14 @@ class SegNet(EncoderDecoder):
 
     def __init__(self, num_classes: int = 11, decoder: str = "unpool", in_chans: int = 3, divisor: int = 1) -> None:
         super().__init__(num_classes, in_chans, decoder)
-        check(isinstance(divisor, int) and 1 <= divisor <= 64, "divisor", divisor, "leaves channels for 1 to 64")
+        check_positive("divisor", divisor)
         self.divisor = divisor
         encoder, mirror = [], []
-        below = num_classes * divisor
-        for stage, (width, count) in enumerate(self._plan, 1):
-            encoder.append({f"conv{stage}_{i}": width // divisor for i in range(1, count + 1)})
-            widths = [width] * (count - 1) + [below]
-            mirror.append({f"conv{stage}_{count - i}_D": w // divisor for i, w in enumerate(widths)})
+        below = num_classes
+        for stage, (full, count) in enumerate(self._plan, 1):
+            width = max(1, full // divisor)
+            encoder.append({f"conv{stage}_{i}": width for i in range(1, count + 1)})
+            mirror.append({f"conv{stage}_{i}_D": width if i > 1 else below for i in range(count, 0, -1)})
             below = width
         self._build(encoder, mirror, (3, 3))
 
@@ -345,7 +363,9 @@ def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
     elif decoding.shape[0] > decoding.shape[1]:
         options["decoder"] = "single-channel"
     if not basic:
-        return {**options, "divisor": 64 // len(first)}
+        widths = [len(state[f"conv{stage}_1.weight"]) for stage in range(1, 6)]
+        plan = [[max(1, width // d) for width, _ in SegNet._plan] for d in range(1, 513)]
+        return {**options, "divisor": plan.index(widths) + 1 if widths in plan else 1}
     depth = sum(name.startswith("conv") and name[4:-7].isdecimal() for name in state if name.endswith(".weight"))
     return {**options, "width": len(first), "kernel_size": first.shape[-1], "depth": depth}
 
