@@ -112,7 +112,7 @@ def field(case: Case) -> Adapted:
         terms = PairwiseTerms(
             image, kernels, method="exact", include_self=config.get("include_self", True), max_pairs=4096, **given
         )
-        found = [log_q[0].exp() for log_q in terms.mean_field(energies[None], iterations, weights)]
+        found = [log_q[0].exp() for log_q in terms.mean_field(energies[None], iterations, weights, history=True)]
         outputs = {"Q": found[-1], "Q_per_iteration": torch.stack(found)}
         outputs["kl"] = terms.objective(found[-1][None], energies[None], weights)
         if "Q_permutohedral" in case.outputs:

@@ -108,34 +108,46 @@ class PairwiseTerms:
         Returns:
             As ``q``; to be added to −U.
         """
+        rows = q.to(self.image.dtype).flatten(2).transpose(1, 2).contiguous()
+        return self._add_message(torch.zeros_like(rows), rows, compatibilities).transpose(1, 2).reshape(q.shape)
+
+    def _add_message(self, start: Tensor, q: Tensor, compatibilities: Sequence[Compatibility] | None) -> Tensor:
+        """``start`` plus the message of ``q``, both (B, N, L), in which labels are neighbours in memory."""
         given = [k.weight for k in self.kernels] if compatibilities is None else list(compatibilities)
         check(len(given) == len(self.kernels), "compatibilities", len(given), f"give {len(self.kernels)}, one a kernel")
-        rows = q.flatten(2).transpose(1, 2).contiguous()
-        total = torch.zeros_like(rows)
         for apply, weight in zip(self._filters, given, strict=True):
-            total = total + _weighted(apply(rows), weight)
-        return total.transpose(1, 2).reshape(q.shape)
+            if isinstance(weight, Tensor):
+                start = start + _weighted(apply(q), weight)
+            else:
+                start = torch.add(start, apply(q), alpha=weight)
+        return start
 
     def mean_field(
-        self, energies: Tensor, iterations: int, compatibilities: Sequence[Compatibility] | None = None
+        self,
+        energies: Tensor,
+        iterations: int,
+        compatibilities: Sequence[Compatibility] | None = None,
+        history: bool = False,
     ) -> list[Tensor]:
-        """log Q before the first and after every iteration, T + 1 maps; all pixels are updated at once.
+        """log Q after the last iteration, or before the first and after each; all pixels are updated at once.
 
         Args:
-            energies: (B, L, \\*spatial), U, of the image's dtype.
+            energies: (B, L, \\*spatial), U.
             iterations: T ≥ 0.
             compatibilities: see :meth:`message`.
+            history: return all T + 1 maps.
         """
         check_positive("iterations", iterations, zero=True)
         size = self.image.shape
         fits = energies.dim() == len(size) and energies.shape[0] == size[0] and energies.shape[2:] == size[2:]
         remedy = f"expected (B, L, *spatial) over the image of shape {tuple(size)}"
         check(fits, "shape of the scores", tuple(energies.shape), remedy)
-        energies = energies.to(self.image.dtype)
-        found = [F.log_softmax(-energies, 1)]
+        unary = -energies.to(self.image.dtype).flatten(2).transpose(1, 2).contiguous()
+        maps = [unary]
         for _ in range(iterations):
-            found.append(F.log_softmax(self.message(found[-1].exp(), compatibilities) - energies, 1))
-        return found
+            scores = self._add_message(unary, maps[-1].softmax(2), compatibilities)
+            maps = [*maps, scores] if history else [scores]
+        return [F.log_softmax(m, 2).transpose(1, 2).reshape(energies.shape) for m in maps]
 
     def objective(self, q: Tensor, energies: Tensor, compatibilities: Sequence[Compatibility] | None = None) -> Tensor:
         """Σ Q log Q + Σ U·Q − Σ_m w_m Q·(K̃_m Q) of each image, (B,): what the authors' library prints as divergence."""
@@ -144,9 +156,9 @@ class PairwiseTerms:
         return terms.flatten(1).sum(1)
 
 
-def _weighted(filtered: Tensor, weight: Compatibility) -> Tensor:
+def _weighted(filtered: Tensor, weight: Tensor) -> Tensor:
     """(B, N, L) under a compatibility."""
-    if not isinstance(weight, Tensor) or weight.dim() == 0:
+    if weight.dim() == 0:
         return filtered * weight
     labels = filtered.shape[2]
     fits = weight.shape in ((labels,), (labels, labels))

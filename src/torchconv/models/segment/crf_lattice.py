@@ -32,7 +32,7 @@ class Lattice:
         corners: (P, d + 1), of each of P points.
         weights: (P, d + 1), barycentric, of sum 1.
         points: (P·(d + 1),), the points of all entries of ``corners``, sorted by corner.
-        shares: the weights in that order.
+        shares: the weights in that order, times 1 / (1 + 2^−d).
         starts: (M + 1,), where the entries of each corner start; the last has none, it stands for "no neighbour".
         taps: (d + 1, M + 1, 3), along each axis the corner itself and its two neighbours.
     """
@@ -75,7 +75,8 @@ class Lattice:
         corners[order] = first.cumsum(0) - 1
         starts = F.pad(first.nonzero()[:, 0], (0, 1), value=len(order))
         taps = _connect(ordered[first], steps)
-        return cls(corners.view(-1, axes), weights, order // axes, weights.flatten()[order], starts, taps)
+        shares = weights.flatten()[order] * (1 / (1 + 2.0 ** (1 - axes)))
+        return cls(corners.view(-1, axes), weights, order // axes, shares, starts, taps)
 
     def filter(self, values: Tensor) -> Tensor:
         """Filter values at the points; the gradient is the same filter with its axes in reverse.
@@ -94,7 +95,7 @@ class Lattice:
         blur = values.new_tensor([1.0, 0.5, 0.5]).expand(len(found), 3).contiguous()
         for taps in self.taps.flip(0) if reverse else self.taps:
             found = _bags(taps, found, blur)
-        return _bags(self.corners, found, self.weights) * (1 / (1 + 2.0 ** (1 - len(self.taps))))
+        return _bags(self.corners, found, self.weights)
 
 
 def _bags(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
