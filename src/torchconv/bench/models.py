@@ -51,6 +51,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lsnet_s": ("timm:efficientvit_m5", {}),
     "lsnet_b": ("timm:repvit_m1_1", {}),
     "p3d63": ("torchvision:r2plus1d_18", {}),
+    "segnet": ("torchvision:fcn_resnet50", {"weights_backbone": None}),
+    "segnet_basic": ("torchvision:lraspp_mobilenet_v3_large", {"weights_backbone": None}),
     "spartan_s": ("timm:fastvit_t8", {}),
     "unireplknet_a": ("timm:convnext_atto", {}),
     "unireplknet_f": ("timm:convnext_femto", {}),
