@@ -1,0 +1,213 @@
+"""Wavelet scattering as a fixed feature extractor, in one and two dimensions.
+
+Bruna, Mallat 2012, "Invariant Scattering Convolution Networks", arXiv 1203.1513; the theory of such extractors with any
+frames, non-linearities and poolings: Wiatowski, Bölcskei 2015, arXiv 1512.06293 (:mod:`torchconv.theory.scattering`).
+
+Morlet wavelets ψ, modulus, and a Gaussian φ as wide as the largest wavelet, at every 2^J-th sample:
+
+    S₀ = x∗φ,    S₁[a] = |x∗ψ_a|∗φ,    S₂[a, b] = ||x∗ψ_a|∗ψ_b|∗φ,  b of lower frequency than a
+
+Nothing is learned. Coefficients hardly change under shifts of less than 2^J samples and small deformations, and keep
+what a plain average of that width loses, so that a linear classifier on them needs few labels. Numbers are kymatio's.
+
+Cost in two dimensions: one transform of the image, J·L of maps at sizes 4^{−j}, L²·J(J−1)/2 at sizes 4^{−j₂} only;
+buffers of about 2·J·L responses of the size of the image, no parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchconv._common import check
+from torchconv.catalog import part
+from torchconv.kernels._custom import without_autocast
+from torchconv.kernels.precision import wide_dtype
+from torchconv.theory._scattering_transform import (
+    Tables,
+    check_order,
+    parse_average,
+    scatter_1d,
+    scatter_2d,
+    tables_1d,
+    tables_2d,
+)
+from torchconv.theory._scattering_wavelets import morlet_bank_1d, morlet_bank_2d
+
+
+class _Scattering(nn.Module):
+    """Tables as buffers, so that they follow the module to its device and type."""
+
+    def _keep(self, tables: Tables, device: Any, dtype: Any) -> None:
+        self._parts = tables.parts
+        kind = dtype or torch.get_default_dtype()
+        for name, table in tables.tensors.items():
+            self.register_buffer(name, table.to(device, kind))
+
+    def _tables(self, kind: torch.dtype) -> Tables:
+        return Tables({name: table.to(kind) for name, table in self._buffers.items() if table is not None}, self._parts)
+
+
+@part(
+    "scattering1d",
+    paper="scattering",
+    kind="layer",
+    dims=(1,),
+    probe={"build": {"length": 50, "scale": 3, "q": [2, 1]}, "inputs": [[2, 3, 50]]},
+    keywords="wavelet scattering transform audio time series fixed features Morlet invariance few labels kymatio",
+)
+class Scattering1d(_Scattering):
+    """Wavelet scattering coefficients of signals.
+
+    Args:
+        length: N ≥ 2, any.
+        scale: J, the widest wavelets cover about 2^J samples.
+        q: wavelets an octave, of the first order or of both; the second order has 1.
+        average: T ≥ 1, samples under the low-pass, also other than powers of 2; unset is 2^J. "mean" gives one number
+            a path, "sum" what kymatio 0.4 gives for T="global".
+        max_order: 1 or 2.
+        stride: of the output, a power of 2; unset is the largest one that does not exceed T.
+        fold: "sum", or "mean" as kymatio up to 0.3, which weighs the second order by less.
+        flatten: join channels and paths, for the layers that follow.
+
+    Attributes:
+        paths: the indices of the wavelets of every coefficient; ``bank``: their frequencies, widths and responses.
+
+    Shape:
+        (\\*batch, C, N) → (\\*batch, C, paths, length), or (\\*batch, C·paths, length) with ``flatten``.
+
+    Raises:
+        ValueError: an argument is out of range, or the signal has another length.
+
+    Example:
+        >>> layer = Scattering1d(1000, 5, q=8)
+        >>> layer(torch.zeros(2, 3, 1000)).shape, len(layer.paths)
+        (torch.Size([2, 3, 84, 31]), 84)
+
+    Reference: Andén and Mallat, arXiv 1304.6763; Wiatowski and Bölcskei, arXiv 1512.06293.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        scale: int,
+        q: int | Sequence[int] = 1,
+        average: float | str | None = None,
+        max_order: int = 2,
+        *,
+        stride: int | None = None,
+        fold: str = "sum",
+        flatten: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_order(max_order)
+        samples, self.reduce = parse_average(average)
+        self.bank = morlet_bank_1d(length, scale, q, samples, stride, fold)
+        self.max_order, self.flatten = max_order, flatten
+        self._keep(tables_1d(self.bank, max_order, self.reduce), device, dtype)
+
+    @property
+    def paths(self) -> list[tuple[int, ...]]:
+        """Indices of the wavelets of every coefficient: (), (first,), (first, second)."""
+        return [path for path in self.bank.paths() if len(path) <= self.max_order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The coefficients of ``x``."""
+        check(x.shape[-1:] == (self.bank.length,), "x.shape", tuple(x.shape), f"must be (…, {self.bank.length})")
+        kind = wide_dtype(x.dtype)
+        with without_autocast(x.device.type):
+            rows = x.reshape(-1, x.shape[-1]).to(kind)
+            y = scatter_1d(rows, self.bank, self._tables(kind), self.max_order, self.reduce)
+        return _arrange(y, x, 1, self.flatten)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        return f"{self.bank.length}, scale={self.bank.scale}, max_order={self.max_order}, paths={len(self.paths)}"
+
+
+@part(
+    "scattering2d",
+    paper="scattering",
+    kind="layer",
+    dims=(2,),
+    probe={"build": {"size": [12, 9], "scale": 2, "angles": 3}, "inputs": [[2, 3, 12, 9]]},
+    keywords="wavelet scattering transform image fixed features Morlet texture invariance few labels kymatio",
+)
+class Scattering2d(_Scattering):
+    """Wavelet scattering coefficients of images.
+
+    Args:
+        size: (rows, columns), or the side of a square; at least 2^J, any otherwise.
+        scale: J ≥ 1, coefficients are given for every 2^J-th pixel.
+        angles: L ≥ 1, over half a turn.
+        max_order: 1 or 2.
+        pre_pad: the images come padded to ``bank.padded``, of which ``size`` is the middle.
+        flatten: join channels and paths, for the layers that follow.
+
+    Attributes:
+        paths: scale and angle of the wavelets of every coefficient; ``bank``: their responses.
+
+    Shape:
+        (\\*batch, C, H, W) → (\\*batch, C, K, ⌊H/2^J⌋, ⌊W/2^J⌋), or (\\*batch, C·K, …) with ``flatten``;
+        K = 1 + J·L + L²·J(J−1)/2, without the last term at ``max_order`` 1.
+
+    Raises:
+        ValueError: an argument is out of range, or the image has another size.
+
+    Example:
+        >>> layer = Scattering2d(32, 2, flatten=True)
+        >>> layer(torch.zeros(2, 3, 32, 32)).shape, layer.paths[-1]
+        (torch.Size([2, 243, 8, 8]), ((0, 7), (1, 7)))
+
+    Reference: Bruna and Mallat, arXiv 1203.1513; Wiatowski and Bölcskei, arXiv 1512.06293.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        scale: int,
+        angles: int = 8,
+        max_order: int = 2,
+        *,
+        pre_pad: bool = False,
+        flatten: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_order(max_order)
+        self.bank = morlet_bank_2d(size, scale, angles)
+        self.max_order, self.pre_pad, self.flatten = max_order, pre_pad, flatten
+        self._keep(tables_2d(self.bank, max_order), device, dtype)
+
+    @property
+    def paths(self) -> list[tuple[tuple[int, int], ...]]:
+        """(scale, angle) of the wavelets of every coefficient: (), ((j, θ),), ((j, θ), (j', θ'))."""
+        return [path for path in self.bank.paths() if len(path) <= self.max_order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The coefficients of ``x``."""
+        size = self.bank.padded if self.pre_pad else self.bank.size
+        fits = tuple(x.shape[-2:]) == size
+        check(fits, "x.shape", tuple(x.shape), f"must be (…, {size[0]}, {size[1]})")
+        kind = wide_dtype(x.dtype)
+        with without_autocast(x.device.type):
+            images = x.reshape(-1, *size).to(kind)
+            y = scatter_2d(images, self.bank, self._tables(kind), self.max_order, self.pre_pad)
+        return _arrange(y, x, 2, self.flatten)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        bank = self.bank
+        return f"{bank.size}, scale={bank.scale}, angles={bank.angles}, max_order={self.max_order}"
+
+
+def _arrange(y: Tensor, x: Tensor, ndim: int, flatten: bool) -> Tensor:
+    """From one row a signal back to the batch of ``x``."""
+    y = y.reshape(*x.shape[:-ndim], *y.shape[1:]).to(x.dtype)
+    return y.flatten(-ndim - 2, -ndim - 1) if flatten and x.dim() > ndim else y
