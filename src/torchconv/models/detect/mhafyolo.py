@@ -167,9 +167,9 @@ class MHAFYOLO(nn.Module):
 
 
 def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict under this library's names: bins are counted, not stored, and prefixes are cut."""
-    cut = {re.sub(r"^(?:model\.)+(?=\d)", "model.", n): t for n, t in state.items()}
-    return {n: t for n, t in cut.items() if not n.endswith("dfl.conv.weight")}
+    """The authors' state dict under this library's names: one prefix; the bins' numbers are counted, not stored."""
+    named = {re.sub(r"^(?:model\.)*(?=\d)", "model.", n): t for n, t in state.items()}
+    return {n: t for n, t in named.items() if not n.endswith("dfl.conv.weight")}
 
 
 def read_official(state: dict[str, Tensor]) -> dict[str, int]:
