@@ -69,6 +69,12 @@ def test_every_cut_of_time_and_states_is_the_same(monkeypatch, rows, block):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (5, 1), (8, 3), (1, 7)])
+def test_doubling_is_the_recurrence(rows, chunks):
+    decay, s = torch.rand(rows, chunks, 2, 1, 3, 2).double(), torch.randn(rows, chunks, 2, 1, 3, 2).double()
+    torch.testing.assert_close(code._run_doubled(decay, s), code._run(decay.clone(), s.clone()))
+
+
 def test_groups_of_b_and_c_may_differ():
     u, delta, a, b, _ = inputs(2, 6, 11, 3, 3)
     one, fixed = torch.randn(2, 3, 11).double(), torch.randn(6, 3).double()

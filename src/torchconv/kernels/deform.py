@@ -50,10 +50,9 @@ def _axis(places: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return before, places - before, inside
 
 
-def _grid(positions: Tensor, tap: int, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """Positions of one tap in ``grid_sample``'s coordinates, −1 and 1 the outer borders of the map, and their scale."""
-    scale = torch.tensor([2 / width, 2 / height], dtype=positions.dtype, device=positions.device)
-    return (positions[:, :, tap].flatten(0, 1) + 0.5) * scale - 1, scale
+def _scale(x: Tensor, like: Tensor) -> Tensor:
+    """From pixels to ``grid_sample``'s coordinates, in which −1 and 1 are the outer borders of the map."""
+    return torch.tensor([2 / x.shape[3], 2 / x.shape[2]], dtype=like.dtype, device=like.device)
 
 
 def _sample(maps: Tensor, grid: Tensor) -> Tensor:
@@ -63,10 +62,10 @@ def _sample(maps: Tensor, grid: Tensor) -> Tensor:
 def _grid_sampled(x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
     """The sum tap by tap: for exporters, and for a few channels or taps."""
     maps = widen(x).unflatten(1, (positions.shape[1], -1)).flatten(0, 1)
-    places, weights, total = widen(positions), widen(masks), None
+    places, weights = widen(positions).flatten(0, 1), widen(masks).flatten(0, 1).unsqueeze(1)
+    scale, total = _scale(x, places), None
     for tap in range(positions.shape[2]):
-        grid, _ = _grid(places, tap, x.shape[3], x.shape[2])
-        found = _sample(maps, grid) * weights[:, :, tap].flatten(0, 1).unsqueeze(1)
+        found = _sample(maps, (places[:, tap] + 0.5) * scale - 1) * weights[:, :, tap]
         total = found if total is None else total + found
     assert total is not None
     return total.unflatten(0, positions.shape[:2]).flatten(1, 2).to(x.dtype)
@@ -78,9 +77,10 @@ def _grid_backward(
     """Gradients tap by tap, written to ``by``."""
     ends = positions.shape[:2]
     maps, g = (widen(t).unflatten(1, (ends[1], -1)).flatten(0, 1) for t in (x, grad))
-    places, weights, by_maps = widen(positions), widen(masks), torch.zeros_like(maps)
+    places, weights, by_maps = widen(positions).flatten(0, 1), widen(masks), torch.zeros_like(maps)
+    scale = _scale(x, places)
     for tap in range(positions.shape[2]):
-        grid, scale = _grid(places, tap, x.shape[3], x.shape[2])
+        grid = (places[:, tap] + 0.5) * scale - 1
         if needs[2]:
             by[2][:, :, tap] = (g * _sample(maps, grid)).sum(1).unflatten(0, ends)
         weighted = g * weights[:, :, tap].flatten(0, 1).unsqueeze(1)
