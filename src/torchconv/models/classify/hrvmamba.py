@@ -167,6 +167,7 @@ class HRVMamba(Backbone):
         ValueError: an argument is out of range; the message names it.
 
     Example:
+        >>> import torch
         >>> net = HRVMamba(3, 5, (8, 12, 16, 20), 8, modules=(1, 1, 1), blocks=1, dense=True).eval()
         >>> [tuple(y.shape[1:]) for y in net(torch.zeros(1, 3, 40, 64))]
         [(8, 10, 16), (12, 5, 8), (16, 3, 4), (20, 2, 2)]
