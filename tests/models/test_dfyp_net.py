@@ -92,6 +92,8 @@ def test_forward_by_hand() -> None:
         h = F.pad(h, (0, 1, 0, 1)) if index % 2 else F.pad(h, (1, 1, 1, 1))  # even maps: the odd zero goes after
         h = F.relu(block.batchnorm(F.conv2d(h, block.conv.weight, block.conv.bias, 1 + index % 2)))
     cnn = net.cnn_model.dense_layers[1](net.cnn_model.dense_layers[0](h.flatten(1)))
+    hidden = net.cnn_model.forward_features(net.se_block(x), [2009, 1999])
+    torch.testing.assert_close(net.cnn_model.dense_layers[-1](hidden), cnn)
     found, vit = net.branches(x, [2009, 1999])
     torch.testing.assert_close(found, cnn)
     torch.testing.assert_close(vit, net.vit_model(s))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity.core import Adapted, Case, ParityError
+from torchconv._common import ntuple
 from torchconv.models.forecast import dfyp, dfyp_sentinel
 from torchconv.models.forecast.dfyp_vit import ViT
 from torchconv.ops.dfyp import EdgeOperator, OperatorBlend, OperatorRouter, ResolutionAttention
@@ -65,21 +66,23 @@ def _module(case: Case, kind: str | None) -> nn.Module:
 def _vit(case: Case) -> Adapted:
     """Sizes from the state, image, patch and heads from the config."""
     config = case.config
-    heads, channels = config.get("heads", 8), config.get("channels", 9)
+    heads = config.get("heads", 8)
     found = dfyp.read_vit(case.state, heads, prefix="")
     options = {k: config[k] for k in ("dim_head", "mlp_dim", "dropout", "emb_dropout") if k in config}
     project = "transformer.layers.0.0.to_out.0.weight" in case.state or not found["depth"]
-    size, patch = config.get("image_size", 32), config.get("patch_size", 4)
+    size, patch = config.get("image_size", 32), ntuple("patch_size", config.get("patch_size", 4), 2)
+    channels = case.state["to_patch_embedding.2.weight"].shape[1] // math.prod(patch)
     module = ViT(size, patch, channels, heads=heads, project=project, **{**options, **found})
     return Adapted(lambda inputs: {"y": module(inputs["x"])}, module, state=dfyp.convert_official)
 
 
 def drawn(case: Case) -> dict[str, Tensor]:
     """The state by the formula of the note: tensor k of the sorted names, entry i."""
-    names = sorted(n for n in case.config["names_shapes"] if not (_fixed(n) or n.endswith("num_batches_tracked")))
+    shapes = dict(case.config["names_shapes"])
+    names = sorted(n for n in shapes if not (_fixed(n) or n.endswith("num_batches_tracked")))
     found = {}
     for k, name in enumerate(names):
-        shape = case.config["names_shapes"][name]
+        shape = shapes[name]
         r = 2 * _fraction(math.prod(shape), 78.233 * k) - 1
         if not shape:
             r = 0.5 + 0.2 * r

@@ -41,6 +41,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext_dcls_small": ("timm:convnext_small", {}),
     "convnext_dcls_base": ("timm:convnext_base", {}),
     "deeplab_resnet101": ("torchvision:deeplabv3_resnet101", {"weights_backbone": None}),
+    "dfyp_modis": ("timm:resnet34", {}),
     "eca_mobilenet_v2": ("timm:mobilenetv2_100", {}),
     "eca_resnet18": ("timm:resnet18", ECA),
     "eca_resnet34": ("timm:resnet34", ECA),
@@ -65,7 +66,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unireplknet_xl": ("timm:convnext_xlarge", {}),
 }
 # Networks made for images of one size.
-SIDES = {"convnext_dcls_mini": 32, "residual_parallel": 28, "residual_sequential": 28}
+SIDES = {"convnext_dcls_mini": 32, "dfyp_modis": 32, "residual_parallel": 28, "residual_sequential": 28}
 SIDES |= {"terminator": 32, "terminator_mini": 8}
 SIZED = ("lsnet_",)  # take the side as an option
 FRAMES = 16

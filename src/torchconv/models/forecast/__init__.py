@@ -1,1 +1,1 @@
-"""Forecasts of fields on a grid."""
+"""Forecasts: fields on a grid, crop yields, crop stress."""

@@ -97,13 +97,18 @@ class ConvBranch(nn.Module):
         z: Tensor = router(x, None if isinstance(years, int) else years)
         return z
 
-    def forward(self, x: Tensor, years: Years = None) -> Tensor:
-        """Apply the branch."""
+    def forward_features(self, x: Tensor, years: Years = None) -> Tensor:
+        """What the last linear layer reads: (N, hidden), or in the inference form the flat maps of the last block."""
         y = blend(x, self.edges(x, years), self.operator_weight)
         for block in self.convblocks:
             y = block(y)
-        z: Tensor = self.dense_layers(y.flatten(1))
+        z: Tensor = self.dense_layers[:-1](y.flatten(1))
         return z
+
+    def forward(self, x: Tensor, years: Years = None) -> Tensor:
+        """Apply the branch."""
+        y: Tensor = self.dense_layers[-1](self.forward_features(x, years))
+        return y
 
     def merge(self) -> ConvBranch:
         """The same branch with its batch norms folded and its two linear layers as one, for inference."""
