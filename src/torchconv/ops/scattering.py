@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchconv._common import check
 from torchconv.catalog import part
 from torchconv.kernels._custom import without_autocast
-from torchconv.kernels.precision import wide_dtype
 from torchconv.theory._scattering_transform import (
     Tables,
+    as_batch,
+    as_rows,
     check_order,
     parse_average,
     scatter_1d,
@@ -41,11 +41,17 @@ from torchconv.theory._scattering_wavelets import morlet_bank_1d, morlet_bank_2d
 class _Scattering(nn.Module):
     """Tables as buffers, so that they follow the module to its device and type."""
 
+    flatten: bool
+
     def _keep(self, tables: Tables, device: Any, dtype: Any) -> None:
         self._parts = tables.parts
         kind = dtype or torch.get_default_dtype()
         for name, table in tables.tensors.items():
             self.register_buffer(name, table.to(device, kind))
+
+    def _join(self, y: Tensor, ndim: int) -> Tensor:
+        """Channels and paths as one axis, where there are channels and that is wanted."""
+        return y.flatten(-ndim - 2, -ndim - 1) if self.flatten and y.dim() > ndim + 1 else y
 
     def _tables(self, kind: torch.dtype) -> Tables:
         return Tables({name: table.to(kind) for name, table in self._buffers.items() if table is not None}, self._parts)
@@ -118,12 +124,10 @@ class Scattering1d(_Scattering):
 
     def forward(self, x: Tensor) -> Tensor:
         """The coefficients of ``x``."""
-        check(x.shape[-1:] == (self.bank.length,), "x.shape", tuple(x.shape), f"must be (…, {self.bank.length})")
-        kind = wide_dtype(x.dtype)
+        rows = as_rows(x, (self.bank.length,))
         with without_autocast(x.device.type):
-            rows = x.reshape(-1, x.shape[-1]).to(kind)
-            y = scatter_1d(rows, self.bank, self._tables(kind), self.max_order, self.reduce)
-        return _arrange(y, x, 1, self.flatten)
+            y = scatter_1d(rows, self.bank, self._tables(rows.dtype), self.max_order, self.reduce)
+        return self._join(as_batch(y, x, 1), 1)
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
@@ -192,22 +196,12 @@ class Scattering2d(_Scattering):
 
     def forward(self, x: Tensor) -> Tensor:
         """The coefficients of ``x``."""
-        size = self.bank.padded if self.pre_pad else self.bank.size
-        fits = tuple(x.shape[-2:]) == size
-        check(fits, "x.shape", tuple(x.shape), f"must be (…, {size[0]}, {size[1]})")
-        kind = wide_dtype(x.dtype)
+        images = as_rows(x, self.bank.padded if self.pre_pad else self.bank.size)
         with without_autocast(x.device.type):
-            images = x.reshape(-1, *size).to(kind)
-            y = scatter_2d(images, self.bank, self._tables(kind), self.max_order, self.pre_pad)
-        return _arrange(y, x, 2, self.flatten)
+            y = scatter_2d(images, self.bank, self._tables(images.dtype), self.max_order, self.pre_pad)
+        return self._join(as_batch(y, x, 2), 2)
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
         bank = self.bank
         return f"{bank.size}, scale={bank.scale}, angles={bank.angles}, max_order={self.max_order}"
-
-
-def _arrange(y: Tensor, x: Tensor, ndim: int, flatten: bool) -> Tensor:
-    """From one row a signal back to the batch of ``x``."""
-    y = y.reshape(*x.shape[:-ndim], *y.shape[1:]).to(x.dtype)
-    return y.flatten(-ndim - 2, -ndim - 1) if flatten and x.dim() > ndim else y

@@ -228,7 +228,7 @@ def audit(model: nn.Module, size: Sequence[int]) -> list[LayerBounds]:
 
     Reference: arXiv 1512.06293, admissibility condition.
     """
-    traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+    traced = fx.symbolic_trace(nn.Sequential(copy.deepcopy(model).eval()))
     example = next(model.parameters(), torch.zeros(()))
     with torch.no_grad():
         ShapeProp(traced).propagate(example.new_zeros(1, *size))
@@ -245,7 +245,7 @@ def audit(model: nn.Module, size: Sequence[int]) -> list[LayerBounds]:
         if node.op == "call_module":
             module = traced.get_submodule(str(node.target))
             lower, upper, own = _module_bounds(module, _shape(node.all_input_nodes[0]))
-            total, name, kind = own * before[0], str(node.target), type(module).__name__
+            total, name, kind = own * before[0], str(node.target).removeprefix("0."), type(module).__name__
         else:
             kind = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
             name = node.name

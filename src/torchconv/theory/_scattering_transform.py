@@ -155,6 +155,8 @@ def scatter_1d(x: Tensor, bank: MorletBank1d, tables: Tables, max_order: int = 2
     Shape:
         x (B, length) → (B, paths, output length).
     """
+    if x.shape[0] == 0:  # there are no transforms of nothing
+        return scatter_1d(x.new_zeros(1, *x.shape[1:]), bank, tables, max_order, reduce)[:0]
     kept = crop_1d(bank)
 
     def average(u: Tensor, spectrum: Tensor | None, level: int) -> Tensor:
@@ -201,6 +203,8 @@ def scatter_2d(x: Tensor, bank: MorletBank2d, tables: Tables, max_order: int = 2
     Shape:
         x (B, rows, columns) → (B, paths, ⌊rows / 2^J⌋, ⌊columns / 2^J⌋).
     """
+    if x.shape[0] == 0:  # there are no transforms of nothing
+        return scatter_2d(x.new_zeros(1, *x.shape[1:]), bank, tables, max_order, pre_pad)[:0]
 
     def average(u: Tensor, level: int) -> Tensor:
         return tables.tensors[f"rows_{level}"] @ (u @ tables.tensors[f"columns_{level}"].T)
@@ -235,9 +239,18 @@ def parse_average(average: float | str | None) -> tuple[float | None, str]:
     return average, "local"
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The type in which transforms are computed: double for double, single otherwise."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def as_rows(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """All signals or images of ``x`` in one batch, half precision as float32."""
+    check(x.is_floating_point(), "x.dtype", x.dtype, "must be a real floating type; convert it first")
+    fits = tuple(x.shape[-len(size) :]) == size
+    check(fits, "x.shape", tuple(x.shape), f"must end in {', '.join(map(str, size))}")
+    batched = x if x.dim() > len(size) else x.unsqueeze(0)
+    return batched.flatten(0, -len(size) - 1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_batch(y: Tensor, x: Tensor, ndim: int) -> Tensor:
+    """Coefficients of the rows of ``x`` in the batch of ``x``, in its type."""
+    return y.reshape(*x.shape[:-ndim], *y.shape[1:]).to(x.dtype)
 
 
 def scattering_1d(
@@ -278,10 +291,9 @@ def scattering_1d(
     check_order(max_order)
     samples, reduce = parse_average(average)
     bank = morlet_bank_1d(x.shape[-1], scale, q, samples, stride, fold)
-    kind = wide(x)
-    tables = tables_1d(bank, max_order, reduce).to(x.device, kind)
-    y = scatter_1d(x.reshape(-1, x.shape[-1]).to(kind), bank, tables, max_order, reduce)
-    return y.reshape(*x.shape[:-1], *y.shape[1:]).to(x.dtype)
+    rows = as_rows(x, (bank.length,))
+    tables = tables_1d(bank, max_order, reduce).to(x.device, rows.dtype)
+    return as_batch(scatter_1d(rows, bank, tables, max_order, reduce), x, 1)
 
 
 def scattering_2d(x: Tensor, scale: int, angles: int = 8, max_order: int = 2) -> Tensor:
@@ -309,7 +321,6 @@ def scattering_2d(x: Tensor, scale: int, angles: int = 8, max_order: int = 2) ->
     """
     check_order(max_order)
     bank = morlet_bank_2d(tuple(x.shape[-2:]), scale, angles)
-    kind = wide(x)
-    tables = tables_2d(bank, max_order).to(x.device, kind)
-    y = scatter_2d(x.reshape(-1, *x.shape[-2:]).to(kind), bank, tables, max_order)
-    return y.reshape(*x.shape[:-2], *y.shape[1:]).to(x.dtype)
+    images = as_rows(x, bank.size)
+    tables = tables_2d(bank, max_order).to(x.device, images.dtype)
+    return as_batch(scatter_2d(images, bank, tables, max_order), x, 2)
