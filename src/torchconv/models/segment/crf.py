@@ -109,7 +109,9 @@ class PairwiseTerms:
             As ``q``; to be added to −U.
         """
         rows = q.to(self.image.dtype).flatten(2).transpose(1, 2).contiguous()
-        return self._add_message(torch.zeros_like(rows), rows, compatibilities).transpose(1, 2).reshape(q.shape)
+        return (
+            self._add_message(torch.zeros_like(rows), rows, compatibilities).transpose(1, 2).contiguous().view(q.shape)
+        )
 
     def _add_message(self, start: Tensor, q: Tensor, compatibilities: Sequence[Compatibility] | None) -> Tensor:
         """``start`` plus the message of ``q``, both (B, N, L), in which labels are neighbours in memory."""
@@ -147,7 +149,7 @@ class PairwiseTerms:
         for _ in range(iterations):
             scores = self._add_message(unary, maps[-1].softmax(2), compatibilities)
             maps = [*maps, scores] if history else [scores]
-        return [F.log_softmax(m, 2).transpose(1, 2).reshape(energies.shape) for m in maps]
+        return [F.log_softmax(m, 2).transpose(1, 2).contiguous().view(energies.shape) for m in maps]
 
     def objective(self, q: Tensor, energies: Tensor, compatibilities: Sequence[Compatibility] | None = None) -> Tensor:
         """Σ Q log Q + Σ U·Q − Σ_m w_m Q·(K̃_m Q) of each image, (B,): what the authors' library prints as divergence."""
