@@ -97,7 +97,7 @@ def test_colours_have_generators_of_their_own() -> None:
     shared = build(shared=True)
     assert shared.kernels(x).shape == (1, 1, 36, 4, 4)
     assert shared(x).shape == (1, 3, 4, 4)
-    assert build(in_channels=1)(x[:, :1]).shape == (1, 1, 4, 4)
+    assert build(in_chans=1)(x[:, :1]).shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize(

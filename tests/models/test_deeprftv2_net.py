@@ -292,7 +292,7 @@ def test_refusals() -> None:
         (DeepRFTv2, {"memory": "lose"}, "memory='lose'"),
         (DeepRFTv2, {"estimator": (1, 1)}, "blocks="),
         (DeepRFT, {"width": 6}, "width=6"),
-        (DeepRFT, {"in_channels": 20, "width": 8}, "width=8"),
+        (DeepRFT, {"in_chans": 20, "width": 8}, "width=8"),
         (DeepRFT, {"conv": "dynamic"}, "conv='dynamic'"),
         (DeepRFT, {"form": "quaternion"}, "form='quaternion'"),
     ):

@@ -1,4 +1,4 @@
-"""Reversible columns: states that are updated invertibly, so that they need not be stored for the gradient.
+"""Reversible columns: states that are updated invertibly, so that activations need not be stored for the gradient.
 
 Cai et al. 2023, "Reversible Column Networks" (RevCol), arXiv 2212.11696; AdaRevD (arXiv 2406.09135) and DeepRFTv2
 (arXiv 2511.21132) connect U-Nets with it. Level i of a column changes its state by
@@ -6,8 +6,8 @@ Cai et al. 2023, "Reversible Column Networks" (RevCol), arXiv 2212.11696; AdaRev
     c_i ← α_i ⊙ c_i + L_i(c_{i−1}, second_i),       c_{−1} = the column's input, second_i = the old c_{i+1} by default
 
 which is undone from the last level to the first by c_i_old = (c_i − L_i(…)) / α_i. Backward, old states are computed
-from new ones, and only one level's activations exist at a time: memory does not grow with the number of columns, for
-about a third more computation.
+from new ones, and only one level's activations exist at a time: of a column only its states are kept, however deep its
+levels are, for about a third more computation.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torchconv.models._registry import register_model
 from torchconv.ops._common import check_input
 
 STARTS = ("bicubic", "area")
-_LEAST_SHARE = 1e-4  # of a tap whose share a softmax could not make zero or negative
+_LEAST_SHARE = 1e-3  # of the other taps before a softmax, which learns slowly what starts near 0
 _RESIDUAL = 0.1  # factor of the last weights of a residual block at the start, against growth from block to block
 
 
@@ -94,7 +94,7 @@ class ADKNet(nn.Module):
     """Network that predicts resampling kernels and downscales by them.
 
     Args:
-        in_channels: C colours.
+        in_chans: C colours.
         scale: s ≥ 1.
         width: channels.
         blocks: N₀ residual blocks of the feature extractor, at the input's resolution.
@@ -122,7 +122,7 @@ class ADKNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 3,
+        in_chans: int = 3,
         scale: int = 2,
         width: int = 64,
         blocks: int = 8,
@@ -137,7 +137,7 @@ class ADKNet(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("scale", scale), ("width", width)):
+        for name, value in (("in_chans", in_chans), ("scale", scale), ("width", width)):
             check_positive(name, value)
         for name, value in (("blocks", blocks), ("trunk", trunk), ("branch", branch)):
             check_positive(name, value, zero=True)
@@ -145,14 +145,14 @@ class ADKNet(nn.Module):
         check_positive("kernel_size", kernel_size)
         check_choice("normalisation", normalisation, NORMALISATIONS)
         check_choice("start", start, STARTS)
-        self.in_channels, self.scale, self.kernel_size = in_channels, scale, kernel_size
+        self.in_chans, self.scale, self.kernel_size = in_chans, scale, kernel_size
         self.normalisation, self.start = normalisation, start
         options: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def chain(count: int) -> list[nn.Module]:
             return [_Block(width, **options) for _ in range(count)]
 
-        self.features = nn.Sequential(_Conv(in_channels, width, **options), *chain(blocks))
+        self.features = nn.Sequential(_Conv(in_chans, width, **options), *chain(blocks))
         self.reduce = nn.Sequential(nn.PixelUnshuffle(scale), _Conv(width * scale**2, width, **options))
         self.generators = nn.ModuleList(
             nn.ModuleDict(
@@ -162,7 +162,7 @@ class ADKNet(nn.Module):
                     "last": _Conv(width, kernel_size**2, **options),
                 }
             )
-            for _ in range(1 if shared else in_channels)
+            for _ in range(1 if shared else in_chans)
         )
         # How far a kernel looks, in output pixels: exact tiles need no more around them.
         self.reach = -(-max(1 + 2 * blocks, kernel_size) // scale) + 2 + 2 * (trunk + branch)
@@ -191,7 +191,7 @@ class ADKNet(nn.Module):
 
     def kernels(self, x: Tensor, normalised: bool = True) -> Tensor:
         """The kernels (N, C or 1, k², ⌊H/s⌋, ⌊W/s⌋) for ``x``, after the normalisation or before it."""
-        check_input(x, self.in_channels, 2)
+        check_input(x, self.in_chans, 2)
         s = self.scale
         if min(x.shape[2:]) < s:
             raise ValueError(f"x of shape {tuple(x.shape)}: height and width must be at least scale={s}")
@@ -215,7 +215,7 @@ class ADKNet(nn.Module):
 
         A kernel has k² numbers for each colour and output pixel: photographs do not fit whole.
         """
-        check_input(x, self.in_channels, 2)
+        check_input(x, self.in_chans, 2)
         if tile is None:
             return self(x).clamp(0, 1)
         check_positive("tile", tile)

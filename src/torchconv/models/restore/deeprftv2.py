@@ -56,9 +56,9 @@ def half_size(x: Tensor) -> Tensor:
 class _Embed(nn.Module):
     """3 × 3 without bias, under the name ``proj``."""
 
-    def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
+    def __init__(self, in_chans: int, out_channels: int, **options: Any) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False, **options)
+        self.proj = nn.Conv2d(in_chans, out_channels, 3, padding=1, bias=False, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.proj(x)
@@ -87,7 +87,7 @@ class DeepRFTv2(nn.Module):
     """Decoupled multi-scale deblurring in stages of reversible columns and Fourier kernel estimators.
 
     Args:
-        in_channels: of the images.
+        in_chans: of the images.
         widths: d at full and at half size.
         kernel_widths: of the estimators; unset is ``widths``.
         stages: N ≥ 1.
@@ -99,7 +99,7 @@ class DeepRFTv2(nn.Module):
         memory: "store", or "invert" to compute the columns' old states backward instead of storing activations.
 
     Shape:
-        (N, in_channels, H, W) → the same, H and W multiples of 8; :meth:`predict` takes any.
+        (N, in_chans, H, W) → the same, H and W multiples of 8; :meth:`predict` takes any.
 
     Raises:
         ValueError: an argument is out of range, or a size does not divide; the message names it.
@@ -116,7 +116,7 @@ class DeepRFTv2(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 3,
+        in_chans: int = 3,
         widths: Sequence[int] = (48, 48),
         kernel_widths: Sequence[int] | None = None,
         stages: int = 2,
@@ -132,7 +132,7 @@ class DeepRFTv2(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        check_positive("in_channels", in_channels)
+        check_positive("in_chans", in_chans)
         check_positive("stages", stages)
         check_choice("memory", memory, MEMORIES)
         kernel_widths = widths if kernel_widths is None else kernel_widths
@@ -145,12 +145,12 @@ class DeepRFTv2(nn.Module):
             "mid_encoder": _per_stage("mid_encoder", encoder if mid_encoder is None else mid_encoder, stages),
             "mid_decoder": _per_stage("mid_decoder", decoder if mid_decoder is None else mid_decoder, stages),
         }
-        self.in_channels, self.widths, self.stages = in_channels, tuple(widths), stages
+        self.in_chans, self.widths, self.stages = in_chans, tuple(widths), stages
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         full, mid = widths
         for i in range(stages):
-            self._add("patch_embed_maxs", i, _Embed(in_channels, full, **options))
-            self._add("patch_embed_mids", i, _Embed(in_channels, mid, **options))
+            self._add("patch_embed_maxs", i, _Embed(in_chans, full, **options))
+            self._add("patch_embed_mids", i, _Embed(in_chans, mid, **options))
             if i:
                 self._add("patch_embed_maxs2", i, nn.Conv2d(2 * full, full, 1, **options))
                 self._add("patch_embed_mids2", i, nn.Conv2d(2 * mid, mid, 1, **options))
@@ -162,12 +162,12 @@ class DeepRFTv2(nn.Module):
                 self._add(f"down_max{level + 1}", i, Halve(full << level, mid << level, **options))
             self._add("down_mid2max", i, Halve(mid, 4 * full, **options))
             self._add("fusd_max_2", i, nn.Conv2d(8 * full, 4 * full, 1, **options))
-            self._add("output_maxs", i, nn.Conv2d(full, in_channels, 3, padding=1, **options))
-            self._add("output_mids", i, nn.Conv2d(mid, in_channels, 3, padding=1, **options))
+            self._add("output_maxs", i, nn.Conv2d(full, in_chans, 3, padding=1, **options))
+            self._add("output_mids", i, nn.Conv2d(mid, in_chans, 3, padding=1, **options))
             for name, width, kernel_width in zip(
                 ("kernel_estimator", "mid_kernel_estimator"), widths, kernel_widths, strict=True
             ):
-                arguments = (width, kernel_width, estimator, i == 0, estimator_norm, 0, in_channels, memory)
+                arguments = (width, kernel_width, estimator, i == 0, estimator_norm, 0, in_chans, memory)
                 self._add(name, i, FourierKernelEstimator(*arguments, **options))
 
     def _add(self, name: str, stage: int, module: nn.Module) -> None:
@@ -186,7 +186,7 @@ class DeepRFTv2(nn.Module):
 
         Each list has, for every stage, the U-Net's image and the estimator's, whose last is the result.
         """
-        check_input(x, self.in_channels, 2)
+        check_input(x, self.in_chans, 2)
         if x.shape[2] == 0 or x.shape[3] == 0 or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             remedy = f"height and width must be multiples of {self.multiple}; predict() pads to that"
             raise ValueError(f"x of shape {tuple(x.shape)}: {remedy}")
@@ -261,7 +261,7 @@ def read_official(state: dict[str, Tensor]) -> dict[str, Any]:
     plain = f"{stack}.alpha0" not in state
     levels = [highest(rf"{re.escape(stack)}\.level{j}\.blocks\.(\d+)\.") for j in range(4)]
     return {
-        "in_channels": int(embeds[0].shape[1]),
+        "in_chans": int(embeds[0].shape[1]),
         "widths": [int(w.shape[0]) for w in embeds],
         "kernel_widths": [int(state[f"{n}.feature_extract.intro_inp.0.weight"].shape[0]) for n in names],
         "stages": stages,

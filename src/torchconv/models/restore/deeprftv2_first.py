@@ -81,14 +81,14 @@ class _Blocks(nn.Module):
 class _Shallow(nn.Module):
     """SCM: features of a smaller image, which stay beside the image itself."""
 
-    def __init__(self, in_channels: int, outs: int, **options: Any) -> None:
+    def __init__(self, in_chans: int, outs: int, **options: Any) -> None:
         super().__init__()
         quarter, half = outs // 4, outs // 2
         self.main = nn.Sequential(
-            _Conv(in_channels, quarter, 3, **options),
+            _Conv(in_chans, quarter, 3, **options),
             _Conv(quarter, half, 1, **options),
             _Conv(half, half, 3, **options),
-            _Conv(half, outs - in_channels, 1, **options),
+            _Conv(half, outs - in_chans, 1, **options),
         )
         self.conv = _Conv(outs, outs, 1, relu=False, **options)
 
@@ -133,16 +133,16 @@ class DeepRFT(nn.Module):
     """DeepRFT, first and second version: MIMO-UNet of Res-FFT-ReLU blocks.
 
     Args:
-        in_channels: of the images.
+        in_chans: of the images.
         num_blocks: blocks of each encoder and decoder; published: 4, 8 and 20.
-        width: channels at full size, a multiple of 4, more than ``in_channels``.
+        width: channels at full size, a multiple of 4, more than ``in_chans``.
         conv: "doconv", the training form, or "plain".
         form: of the blocks, "real" or "complex" (second version; its blocks then have plain convolutions).
         expansion, window_size, spectral_bias, norm, activation: of the blocks, see
             :class:`torchconv.ops.deeprftv2.ResFFTConv`.
 
     Shape:
-        (N, in_channels, H, W) → the same, H and W multiples of 4; :meth:`predict` takes any.
+        (N, in_chans, H, W) → the same, H and W multiples of 4; :meth:`predict` takes any.
 
     Raises:
         ValueError: an argument is out of range, or a size does not divide; the message names it.
@@ -159,7 +159,7 @@ class DeepRFT(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 3,
+        in_chans: int = 3,
         num_blocks: int = 8,
         width: int = 32,
         conv: str = "doconv",
@@ -174,13 +174,13 @@ class DeepRFT(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        check_positive("in_channels", in_channels)
+        check_positive("in_chans", in_chans)
         check_positive("num_blocks", num_blocks, zero=True)
         check_positive("width", width)
         check_choice("conv", conv, CONVS)
         check(width % 4 == 0, "width", width, "must be a multiple of 4")
-        check(2 * width > in_channels, "width", width, f"must be more than half of in_channels={in_channels}")
-        self.in_channels, self.width, self.num_blocks = in_channels, width, num_blocks
+        check(2 * width > in_chans, "width", width, f"must be more than half of in_chans={in_chans}")
+        self.in_chans, self.width, self.num_blocks = in_chans, width, num_blocks
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"conv": conv, **where}
         own: dict[str, Any] = {"form": form, "expansion": expansion, "norm": norm, "activation": activation}
@@ -190,24 +190,24 @@ class DeepRFT(nn.Module):
         self.Encoder = nn.ModuleList(_Blocks(c, num_blocks, **own) for c in (one, two, four))
         self.feat_extract = nn.ModuleList(
             [
-                _Conv(in_channels, one, 3, **options),
+                _Conv(in_chans, one, 3, **options),
                 _Conv(one, two, 3, 2, **options),
                 _Conv(two, four, 3, 2, **options),
                 _Transposed(four, two, **where),
                 _Transposed(two, one, **where),
-                _Conv(one, in_channels, 3, relu=False, **options),
+                _Conv(one, in_chans, 3, relu=False, **options),
             ]
         )
         self.Decoder = nn.ModuleList(_Blocks(c, num_blocks, **own) for c in (four, two, one))
         self.Convs = nn.ModuleList([_Conv(four, two, 1, **options), _Conv(two, one, 1, **options)])
-        self.ConvsOut = nn.ModuleList(_Conv(c, in_channels, 3, relu=False, **options) for c in (four, two))
+        self.ConvsOut = nn.ModuleList(_Conv(c, in_chans, 3, relu=False, **options) for c in (four, two))
         self.AFFs = nn.ModuleList(_Mix(one + two + four, c, **options) for c in (one, two))
         self.FAM1, self.FAM2 = _Attend(four, **options), _Attend(two, **options)
-        self.SCM1, self.SCM2 = _Shallow(in_channels, four, **options), _Shallow(in_channels, two, **options)
+        self.SCM1, self.SCM2 = _Shallow(in_chans, four, **options), _Shallow(in_chans, two, **options)
 
     def forward(self, x: Tensor, all_outputs: bool = False) -> Any:
         """The deblurred image; with ``all_outputs`` the images at full, half and quarter size."""
-        check_input(x, self.in_channels, 2)
+        check_input(x, self.in_chans, 2)
         if x.shape[2] == 0 or x.shape[3] == 0 or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             remedy = f"height and width must be multiples of {self.multiple}; predict() pads to that"
             raise ValueError(f"x of shape {tuple(x.shape)}: {remedy}")
@@ -273,8 +273,8 @@ def read_official(state: dict[str, Tensor]) -> dict[str, Any]:
     block = "Encoder.0.layers.0"
     counts = [int(m[1]) for n in state if (m := re.match(r"Encoder\.0\.layers\.(\d+)\.", n))]
     first = next(state[f"feat_extract.0.main.0.{n}"] for n in ("W", "weight") if f"feat_extract.0.main.0.{n}" in state)
-    width, in_channels = int(first.shape[0]), int(first.shape[1])
-    found: dict[str, Any] = {"in_channels": in_channels, "width": width, "num_blocks": max(counts, default=-1) + 1}
+    width, in_chans = int(first.shape[0]), int(first.shape[1])
+    found: dict[str, Any] = {"in_chans": in_chans, "width": width, "num_blocks": max(counts, default=-1) + 1}
     found["conv"] = "doconv" if "feat_extract.0.main.0.D" in state else "plain"
     hidden = state.get(f"{block}.main_fft.complex_weight1_real")
     if hidden is not None:
