@@ -29,6 +29,7 @@ from torchconv.ops.puyun import PADDING_MODES, pad_circular, pad_sphere
 
 LEVELS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 850, 925, 1000)  # hPa
 CHANNELS = (*(f"{variable}{level}" for variable in "ztuvr" for level in LEVELS), "2t", "10u", "10v", "msl")
+Fields = Tensor | Sequence[float] | float
 WINDS = tuple(i for i, name in enumerate(CHANNELS) if name.strip("0123456789") in ("u", "v"))
 
 
@@ -140,8 +141,8 @@ class PuYun(nn.Module):
         margin: int = 0,
         winds: Sequence[int] | None = None,
         pole_rows: bool = True,
-        mean: Tensor | float = 0.0,
-        std: Tensor | float = 1.0,
+        mean: Fields = 0.0,
+        std: Fields = 1.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -182,7 +183,7 @@ class PuYun(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         self.set_statistics(mean, std)
 
-    def set_statistics(self, mean: Tensor | float, std: Tensor | float) -> None:
+    def set_statistics(self, mean: Fields, std: Fields) -> None:
         """Mean and standard deviation of each field over the training data, (channels,) or one number for all.
 
         Raises:
