@@ -25,19 +25,23 @@ def resnet(case: Case) -> Adapted:
     module: nn.Module = DeepLabResNet(
         config.get("n_classes", len(state["aspp.c0.bias"])),
         config.get("n_blocks", blocks),
-        config.get("rates", RATES),
+        config.get("rates", RATES[: sum(n.startswith("aspp.") and n.endswith(".weight") for n in state)]),
         config.get("base", len(state["layer1.conv1.conv.weight"])),
         case.inputs["x"].shape[1],
     )
-    scales = config.get("msc_scales")
-    if scales is not None or prefixed:
-        module = MultiScale(module, scales or (0.5, 0.75))
-    prefix = "base." if isinstance(module, MultiScale) and not prefixed else ""
+    scales = config.get("msc_scales", (0.5, 0.75) if prefixed else None)
+    if scales is not None:
+        module = MultiScale(module, scales)
+    prefix = "" if scales is None else "base."
+
+    def ours(name: str) -> str:
+        return prefix + name.removeprefix("base.")
+
     return Adapted(
         lambda inputs: {"y": module(inputs["x"])},
         module,
-        state=lambda state: {prefix + n: t for n, t in state.items()},
-        names=lambda name: prefix + name,
+        state=lambda state: {ours(n): t for n, t in state.items()},
+        names=ours,
     )
 
 

@@ -9,7 +9,7 @@ checkpoints (ResNet) and of the official layers (VGG, see :func:`convert_vgg`).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,12 @@ class DeepLabResNet(nn.Module):
         for name, parameter in self.aspp.named_parameters():
             (nn.init.zeros_ if name.endswith("bias") else _small)(parameter)
 
+    def param_options(self) -> dict[str, dict[str, float]]:
+        """As published: the head learns ten times faster, its biases twenty; frozen batch norms do not learn."""
+        options = {n: {"lr_mult": 20.0 if n.endswith("bias") else 10.0} for n in _names(self) if n.startswith("aspp.")}
+        norms = {n: {"lr_mult": 0.0} for n in _names(self) if ".bn." in n and self.freeze_bn}
+        return {**options, **norms}
+
     def train(self, mode: bool = True) -> DeepLabResNet:
         """Training mode, in which batch norms stay as they are if ``freeze_bn``."""
         super().train(mode)
@@ -150,6 +156,10 @@ class DeepLabResNet(nn.Module):
             x = self.get_submodule(f"layer{number + 2}")(x)
         y: Tensor = self.aspp(x)
         return y
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
 
 
 def _small(weight: Tensor) -> Tensor:
@@ -210,6 +220,11 @@ class DeepLabVGG(nn.Module):
                 channels = width // divisor
         self.head = ASPPHead(channels, num_classes, 1024 // divisor, rates, dropout=dropout)
 
+    def param_options(self) -> dict[str, dict[str, float]]:
+        """As published: biases learn twice as fast as weights, the last layers ten times faster than others."""
+        rate = {n: (2.0 if n.endswith("bias") else 1.0) * (10.0 if ".fc8_" in n else 1.0) for n in _names(self)}
+        return {n: {"lr_mult": r} for n, r in rate.items()}
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The map after the last pooling."""
         check_input(x, self.in_chans, 2)
@@ -240,6 +255,25 @@ def convert_vgg(name: str) -> str:
         return name
     layer, branch = found[1] or found[3], found[2] or found[4] or "1"
     return f"head.{layer}_{branch}.{name[found.end() :]}"
+
+
+def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' parameters under this library's names; of a network at several scales, those of the network."""
+    return {convert_vgg(n.removeprefix("base.")): t for n, t in state.items()}
+
+
+def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Classes, blocks and width as the converted parameters have them; the rates are the network's."""
+    if "conv1_1.weight" in state:
+        found = {"divisor": 64 // len(state["conv1_1.weight"])}
+        return {**found, "num_classes": len(state["head.fc8_1.bias"])} if "head.fc8_1.bias" in state else found
+    ends = ".reduce.conv.weight"
+    blocks = [sum(n.startswith(f"layer{stage}.") and n.endswith(ends) for n in state) for stage in range(2, 6)]
+    options: dict[str, Any] = {"blocks": blocks} if all(blocks) else {}
+    for name, option in (("aspp.c0.bias", "num_classes"), ("layer1.conv1.conv.weight", "base")):
+        if name in state:
+            options[option] = len(state[name])
+    return options
 
 
 class MultiScale(nn.Module):
@@ -290,6 +324,12 @@ def deeplab_resnet101(**options: Any) -> DeepLabResNet:
 def deeplab_vgg16_aspp(**options: Any) -> DeepLabVGG:
     """DeepLab v2 on VGG-16 with the pyramid of rates 6, 12, 18, 24; 37,877,652 parameters for 21 classes."""
     return DeepLabVGG(**{"rates": RATES, **options})
+
+
+@register_model("deeplab")
+def deeplab_vgg16_aspp_s(**options: Any) -> DeepLabVGG:
+    """DeepLab v2 on VGG-16 with the small pyramid of rates 2, 4, 8, 12; 37,877,652 parameters for 21 classes."""
+    return DeepLabVGG(**{"rates": (2, 4, 8, 12), **options})
 
 
 @register_model("deeplab")
