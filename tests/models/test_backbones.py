@@ -25,6 +25,7 @@ SMALL = [
     "convnext_dcls_mini",
     "spartan_s",
     "convfirstnet_tiny",
+    "van_b0",
 ]
 
 

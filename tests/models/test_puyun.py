@@ -237,3 +237,13 @@ def test_bad_options(options: dict[str, Any], named: str) -> None:
 def test_bad_inputs(shape: tuple[int, ...], features: tuple[int, ...], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         network().float()(torch.zeros(shape), torch.zeros(features))
+
+
+def test_temperature_is_forecast_better_than_by_persistence() -> None:
+    """On ERA5 over the British Isles, six hours ahead, after seconds of training."""
+    from torchconv.claims.puyun import WEATHER, _weather
+
+    found = _weather(60)
+    if found is None:
+        pytest.skip(f"needs weather/{WEATHER} in $TORCHCONV_DATA")
+    assert found["network"] < 0.95 * found["persistence"]
