@@ -64,6 +64,10 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unireplknet_b": ("timm:convnext_base", {}),
     "unireplknet_l": ("timm:convnext_large", {}),
     "unireplknet_xl": ("timm:convnext_xlarge", {}),
+    "van_b0": ("timm:pvt_v2_b0", {}),
+    "van_b1": ("timm:pvt_v2_b1", {}),
+    "van_b2": ("timm:pvt_v2_b2", {}),
+    "van_b3": ("timm:pvt_v2_b3", {}),
 }
 # Networks made for images of one size.
 SIDES = {"convnext_dcls_mini": 32, "dfyp_modis": 32, "residual_parallel": 28, "residual_sequential": 28}
