@@ -109,6 +109,8 @@ def decay_constant(output: Tensor) -> float:
 def translation_bound(steps: Sequence[int], shift: float, decay: float) -> float:
     """A bound of |||Φ^n(T_t f) − Φ^n(f)||| / ‖f‖ of an admissible network: 2π·|t|·K / (S_1·…·S_n).
 
+    For continuous signals; on a grid for shifts by multiples of S_1·…·S_n, which every subsampling follows.
+
     Args:
         steps: pooling factors S_1, …, S_n up to the layer.
         shift: |t|, in samples of the input.
