@@ -19,7 +19,6 @@ from torchconv.models.segment.deeplab_recipe import (
     label_probabilities,
     multi_scale_loss,
     score_loss,
-    start_from_vgg16,
 )
 from torchconv.training.optim import param_groups
 from torchconv.weights import load_official
@@ -174,7 +173,7 @@ def test_start_from_a_classifier() -> None:
     with torch.device("meta"):
         net = DeepLabVGG(2, (12,))
     net.to_empty(device="cpu")
-    start_from_vgg16(net, state)
+    net.load_vgg16(state)
     assert [net.get_parameter(f"conv{n}.weight").detach().unique().tolist() for n in ("1_1", "3_2", "5_3")] == [
         [0],
         [12],
@@ -186,9 +185,9 @@ def test_start_from_a_classifier() -> None:
     torch.testing.assert_close(net.head.fc6_1.weight.detach(), expected.expand(-1, 512, -1, -1))
     torch.testing.assert_close(net.head.fc7_1.weight.detach()[:, 5, 0, 0], picked)
     with pytest.raises(ValueError, match="divisor 1"):
-        start_from_vgg16(DeepLabVGG(2, divisor=32), state)
+        DeepLabVGG(2, divisor=32).load_vgg16(state)
     with pytest.raises(ValueError, match="vgg16"):
-        start_from_vgg16(net, {n: t for n, t in state.items() if "classifier.3" not in n})
+        net.load_vgg16({n: t for n, t in state.items() if "classifier.3" not in n})
 
 
 def test_labels_of_images() -> None:

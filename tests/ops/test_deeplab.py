@@ -120,6 +120,9 @@ def test_bad_arguments():
         ("v2_resnet_aspp", ("n_classes", "n_blocks", "rates", "base", "msc_scales")),
         ("v2_resnet_msc", ("msc_scales",)),
         ("v2_vgg16_aspp", ("n_classes", "branches", "rates", "channel_divisor", "output_stride")),
+        ("crf_after", ("pos_w", "pos_xy_std", "bi_w", "bi_xy_std", "bi_rgb_std", "normalization", "compat")),
+        ("crf_symmetric", ("iterations", "pos_w", "bi_w", "include_self")),
+        ("metrics", ("n_class", "ignore")),
     ],
 )
 def test_parity_reads_what_the_config_leaves_out(name, left_out):

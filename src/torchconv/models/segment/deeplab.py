@@ -239,6 +239,52 @@ class DeepLabVGG(nn.Module):
         y: Tensor = self.head(self.forward_features(x))
         return y
 
+    @torch.no_grad()
+    def load_vgg16(self, state: Mapping[str, Tensor]) -> None:
+        """Start from a VGG-16 classifier, its fully connected layers thinned out; the scores' layers stay as they are.
+
+        The first of them, 4096 filters of 7 × 7, is subsampled in space and filters to the size of every branch's
+        first layer, the second in filters.
+
+        Args:
+            state: state dict of torchvision's ``vgg16``. Give images as that network had them.
+
+        Raises:
+            ValueError: the state of another network, or other widths than published here.
+
+        Reference: arXiv 1412.7062, section 3.2.
+        """
+        names = [n for n, _ in self.named_children() if n.startswith("conv")]
+        found = sorted(int(n.split(".")[1]) for n in state if n.startswith("features.") and n.endswith(".weight"))
+        theirs = [f"features.{number}" for number in found]
+        shapes = [tuple(state[f"{n}.weight"].shape) for n in theirs]
+        ok = shapes == [tuple(self.get_parameter(f"{n}.weight").shape) for n in names]
+        fully = [tuple(state[n].shape) for n in ("classifier.0.weight", "classifier.3.weight") if n in state]
+        ok = ok and fully == [(4096, 25088), (4096, 4096)]
+        remedy = "needs torchvision's vgg16, and divisor 1 here"
+        check(ok, "state", f"of {len(shapes)} convolutions {shapes[:2]} ... and layers {fully}", remedy)
+        for name, layer in zip(names, theirs, strict=True):
+            for kind in ("weight", "bias"):
+                self.get_parameter(f"{name}.{kind}").copy_(state[f"{layer}.{kind}"])
+        first = state["classifier.0.weight"].unflatten(1, (512, 7, 7))
+        for branch in range(1, len(self.head.rates) + 1):
+            weight = self.head.get_parameter(f"fc6_{branch}.weight")
+            filters, down, across = (_spread(*pair) for pair in zip((4096, 7, 7), _sides(weight), strict=True))
+            weight.copy_(first[:, :, down][..., across][filters])
+            second = state["classifier.3.weight"][filters][:, filters]
+            self.head.get_parameter(f"fc7_{branch}.weight").copy_(second[:, :, None, None])
+            for layer, number in (("fc6", 0), ("fc7", 3)):
+                self.head.get_parameter(f"{layer}_{branch}.bias").copy_(state[f"classifier.{number}.bias"][filters])
+
+
+def _sides(weight: Tensor) -> tuple[int, int, int]:
+    return weight.shape[0], weight.shape[2], weight.shape[3]
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """``count`` places among ``total``, evenly, ends included."""
+    return torch.linspace(0, total - 1, count).round().long()
+
 
 _FULLY = re.compile(r"^(fc[67])(?:_(\d+))?\.|^(fc8)(?:_[A-Za-z][^.]*?)?(?:_(\d+))?\.")
 

@@ -1,4 +1,4 @@
-"""DeepLab as published: losses at the resolution of the scores, a start from a classifier, labels of whole images.
+"""DeepLab as published: losses at the resolution of the scores, and labels of whole images.
 
 Chen et al. 2016, arXiv 1606.00915, sections 3 and 4; v1: arXiv 1412.7062. Training: SGD of momentum 0.9 and weight
 decay 5·10⁻⁴, rate lr·(1 − step / steps)^0.9 (``torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)``)
@@ -8,7 +8,7 @@ ten crops of 321 pixels, lr 10⁻³ on VGG-16 and 2.5·10⁻⁴ on ResNet-101.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.models.segment.crf import DenseCRF
-from torchconv.models.segment.deeplab import DeepLabVGG
 
 
 def score_loss(logits: Tensor, labels: Tensor, stride: int = 8, ignore_index: int = 255) -> Tensor:
@@ -82,50 +81,6 @@ def multi_scale_loss(maps: Sequence[Tensor], labels: Tensor, ignore_index: int =
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
-
-
-@torch.no_grad()
-def start_from_vgg16(net: DeepLabVGG, state: Mapping[str, Tensor]) -> None:
-    """Copy a VGG-16 classifier into a DeepLab, its large layers thinned out; the scores start as they were built.
-
-    The first fully connected layer, 4096 filters of 7 × 7, is subsampled in space and filters to the size of every
-    branch's first layer, the second in filters.
-
-    Args:
-        net: changed in place.
-        state: of ``torchvision.models.vgg16``.
-
-    Raises:
-        ValueError: the state of another network, or a ``net`` that is narrower than published.
-
-    Reference: arXiv 1412.7062, section 3.2.
-    """
-    convs = [n for n in net.state_dict() if n.startswith("conv") and n.endswith(".weight")]
-    theirs = sorted((n for n in state if n.startswith("features.")), key=lambda n: int(n.split(".")[1]))
-    layers = [n.removesuffix(".weight") for n in theirs if n.endswith(".weight")]
-    need = [*(f"{n}.weight" for n in layers), "classifier.0.weight", "classifier.3.weight"]
-    shapes = [tuple(state[n].shape) for n in need if n in state]
-    ours = [tuple(net.get_parameter(n).shape) for n in convs]
-    ok = shapes[:-2] == ours and shapes[-2:] == [(4096, 25088), (4096, 4096)]
-    check(ok, "state", f"of layers {', '.join(layers)}", "needs torchvision's vgg16 and a DeepLabVGG of divisor 1")
-    for name, layer in zip(convs, layers, strict=True):
-        net.get_parameter(name).copy_(state[f"{layer}.weight"])
-        net.get_parameter(name.replace("weight", "bias")).copy_(state[f"{layer}.bias"])
-    first = state["classifier.0.weight"].unflatten(1, (512, 7, 7))
-    for branch in range(1, len(net.head.rates) + 1):
-        hidden, _, *kernel = net.head.get_parameter(f"fc6_{branch}.weight").shape
-        filters = _spread(4096, hidden)
-        down, across = (_spread(7, k) for k in kernel)
-        net.head.get_parameter(f"fc6_{branch}.weight").copy_(first[filters][:, :, down][..., across])
-        net.head.get_parameter(f"fc6_{branch}.bias").copy_(state["classifier.0.bias"][filters])
-        second = state["classifier.3.weight"][filters][:, filters]
-        net.head.get_parameter(f"fc7_{branch}.weight").copy_(second[:, :, None, None])
-        net.head.get_parameter(f"fc7_{branch}.bias").copy_(state["classifier.3.bias"][filters])
-
-
-def _spread(total: int, count: int) -> Tensor:
-    """``count`` places among ``total``, evenly, ends included."""
-    return torch.linspace(0, total - 1, count).round().long()
 
 
 @torch.no_grad()
