@@ -25,18 +25,20 @@ def run(budget: str, progress: Progress) -> Evidence:
     """Train the candidates on the same stream of images and compare them on the same test images."""
     import torch
 
+    from torchconv.models.restore.scores import psnr
+
     seeds, steps = (2, 250) if budget == "quick" else (5, 2500)
     x, y = _batch(128, torch.Generator().manual_seed(12345))
-    psnr: dict[str, list[Any]] = {"bicubic": [_psnr(_bicubic(x), y)]}
+    found: dict[str, list[Any]] = {"bicubic": [psnr(_bicubic(x), y, crop=2)]}
     counts = {"bicubic": 0}
     for seed in range(seeds):
         for name, build in _candidates().items():
             model = _train(build, seed, steps)
             counts[name] = sum(p.numel() for p in model.parameters())
             with torch.no_grad():
-                psnr.setdefault(name, []).append(_psnr(model(x), y))
-            progress(f"seed {seed}: {name} {float(psnr[name][-1].mean()):.2f} dB")
-    images = {name: torch.stack(values).mean(0) for name, values in psnr.items()}
+                found.setdefault(name, []).append(psnr(model(x), y, crop=2))
+            progress(f"seed {seed}: {name} {float(found[name][-1].mean()):.2f} dB")
+    images = {name: torch.stack(values).mean(0) for name, values in found.items()}
     means = {name: float(v.mean()) for name, v in images.items()}
     best = min((n for n in means if n != "adknet"), key=lambda n: -means[n])
     differences = images["adknet"] - images[best]
@@ -50,7 +52,7 @@ def run(budget: str, progress: Progress) -> Evidence:
         meaning="positive: ADKConv is closer to the true downscaled image than the best other candidate",
         measurements={
             "psnr": means,
-            "per_seed": {name: [float(v.mean()) for v in values] for name, values in psnr.items()},
+            "per_seed": {name: [float(v.mean()) for v in values] for name, values in found.items()},
             "parameters": counts,
             "best_other": best,
             "seeds": seeds,
@@ -106,12 +108,6 @@ def _bicubic(x: Any) -> Any:
     import torch.nn.functional as F
 
     return F.interpolate(x, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
-
-
-def _psnr(prediction: Any, target: Any) -> Any:
-    """By image, away from the border."""
-    errors = (prediction - target)[..., 2:-2, 2:-2].square().mean((1, 2, 3))
-    return -10 * errors.log10()
 
 
 def _candidates() -> dict[str, Callable[[], Any]]:
