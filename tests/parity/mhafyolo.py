@@ -34,19 +34,23 @@ def adapt(case: Case) -> Adapted:
         return {"y": module(inputs["x"])}
 
     def extra(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name in case.outputs:
-            if name == "y_deploy":
-                fold: Any = module.merge
-                found[name] = fold()(inputs["x"])
-            elif name.startswith("merged."):
-                path, _, tensor = name.removeprefix("merged.").rpartition(".")
-                part: Any = module.get_submodule(path)
-                found[name] = getattr(part.merge(), tensor)
-        return found
+        return _merged(case, module, inputs)
 
     merged = any(n == "y_deploy" or n.startswith("merged.") for n in case.outputs)
     return Adapted(forward, module, extra=extra if merged else None)
+
+
+def _merged(case: Case, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in case.outputs:
+        if name == "y_deploy":
+            fold: Any = module.merge
+            found[name] = fold()(inputs["x"])
+        elif name.startswith("merged."):
+            path, _, tensor = name.removeprefix("merged.").rpartition(".")
+            part: Any = module.get_submodule(path)
+            found[name] = getattr(part.merge(), tensor)
+    return found
 
 
 def _module(case: Case, norms: dict[str, float]) -> nn.Module:
@@ -126,7 +130,7 @@ def _detector(case: Case) -> Adapted:
                 for number, kept in enumerate(suppress(decoded["one2many"], **rule)):
                     columns = [kept.boxes, kept.scores[:, None], kept.labels[:, None].to(kept.boxes)]
                     found[f"nms.{number}"] = torch.cat(columns, 1)
-        return found
+            return found | _merged(case, module, inputs)
 
     return Adapted(
         forward,
