@@ -1,4 +1,4 @@
-"""Theory: kernels of wide networks."""
+"""Theory: kernels of wide networks, sparse codes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchconv.bench.cases import Case, Place, case, installed
+from torchconv.theory.csc import cbpdn, constrained
 from torchconv.theory.ntk import myrtle, nngp_ntk
 
 
@@ -50,6 +51,41 @@ def kernels_of_networks(place: Place) -> Iterator[Case]:
         if installed("neural_tangents"):
             peers["neural-tangents"] = _neural_tangents(size)
         yield Case(f"{images}×3×{size}² Myrtle-5", ours, (x,), eager, peers, backward=False, flops=0)
+
+
+@case("cbpdn")
+def sparse_codes(place: Place) -> Iterator[Case]:
+    """Twenty iterations of ADMM, against the same written down plainly and SPORCO."""
+    for kernels, size in ((72, 64), (24, 128)):
+        dictionary, image = constrained(place.randn(kernels, 12, 12)), place.randn(size, size)
+
+        def ours(dictionary: Tensor, image: Tensor) -> Tensor:
+            return cbpdn(dictionary, image, 0.05, rho=3.0, auto_rho=None, max_iter=20, tol=0.0).maps
+
+        def eager(dictionary: Tensor, image: Tensor) -> Tensor:
+            rho, size = 3.0, tuple(image.shape)
+            d = torch.fft.rfft2(dictionary, s=size)
+            y = u = dictionary.new_zeros(len(dictionary), *size)
+            for _ in range(20):
+                b = d.conj() * torch.fft.rfft2(image) + rho * torch.fft.rfft2(y - u)
+                inside = (d * b).sum(0) / ((d.conj() * d).sum(0) + rho)
+                x = torch.fft.irfft2((b - d.conj() * inside) / rho, s=size)
+                relaxed = 1.8 * x - 0.8 * y
+                y = torch.sign(relaxed + u) * ((relaxed + u).abs() - 0.05 / rho).clamp(min=0)
+                u = u + relaxed - y
+            return y
+
+        peers: dict[str, Callable[..., Tensor]] = {}
+        if installed("sporco"):
+            peers["sporco"] = _sporco
+        yield Case(f"{kernels} kernels 12², {size}²", ours, (dictionary, image), eager, peers, backward=False, flops=0)
+
+
+def _sporco(dictionary: Tensor, image: Tensor) -> Tensor:
+    solver = importlib.import_module("sporco.admm.cbpdn").ConvBPDN
+    options = {"MaxMainIter": 20, "RelStopTol": 0.0, "rho": 3.0, "AutoRho": {"Enabled": False}}
+    problem = solver(dictionary.movedim(0, -1).numpy(), image.numpy(), 0.05, solver.Options(options))
+    return torch.from_numpy(problem.solve().squeeze()).movedim(-1, 0)
 
 
 def _taps(k: Tensor) -> Tensor:
