@@ -127,6 +127,8 @@ class TestScores:
         torch.testing.assert_close(spatial_mean(x, weights), expected)
 
     def test_half_precision_is_averaged_in_single(self) -> None:
+        height = torch.full((1, 4, 8), 5e4, dtype=torch.float16)
+        assert float(rmse(height, height - 2000)) == pytest.approx(2000, rel=0.02)
         x = torch.ones(1, 64, 64, dtype=torch.bfloat16)
         for weights in (None, latitude_weights(torch.linspace(-80, 80, 64))):
             y = spatial_mean(x, weights)

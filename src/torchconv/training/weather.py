@@ -89,7 +89,7 @@ def spatial_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
         tensor(3.2500)
     """
     check(x.dim() >= 2, "x", tuple(x.shape), "expected (…, latitude, longitude)")
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = _widened(x)
     if weights is None:
         return x.mean((-2, -1))
     grid = tuple(x.shape[-2:])
@@ -100,19 +100,24 @@ def spatial_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return (torch.where(weights > 0, x, 0) * weights).sum((-2, -1)) / weights.sum()
 
 
+def _widened(x: Tensor) -> Tensor:
+    """Half precision as single: squares of geopotentials do not fit in the former."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def mse(forecast: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error of every field: (…, H, W), twice → (…)."""
-    return spatial_mean((forecast - truth).square(), weights)
+    return spatial_mean((_widened(forecast) - truth).square(), weights)
 
 
 def mae(forecast: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean absolute error of every field: (…, H, W), twice → (…)."""
-    return spatial_mean((forecast - truth).abs(), weights)
+    return spatial_mean((_widened(forecast) - truth).abs(), weights)
 
 
 def bias(forecast: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of forecast − truth of every field: (…, H, W), twice → (…)."""
-    return spatial_mean(forecast - truth, weights)
+    return spatial_mean(_widened(forecast) - truth, weights)
 
 
 def rmse(
@@ -158,7 +163,7 @@ def acc(forecast: Tensor, truth: Tensor, climatology: Tensor, weights: Tensor | 
         >>> acc(3 * truth, truth, torch.zeros(8, 16))
         tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
     """
-    forecast, truth = forecast - climatology, truth - climatology
+    forecast, truth = _widened(forecast) - climatology, _widened(truth) - climatology
     product, own, other = (spatial_mean(a * b, weights) for a, b in _pairs(forecast, truth))
     return product / (own * other).sqrt()
 
@@ -169,8 +174,8 @@ def _pairs(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
 
 def activity(fields: Tensor, climatology: Tensor, weights: Tensor | None = None) -> Tensor:
     """Standard deviation of the anomalies of every field: (…, H, W) → (…)."""
-    anomaly = fields - climatology
-    centred = anomaly - spatial_mean(anomaly, weights)[..., None, None].to(anomaly)
+    anomaly = _widened(fields) - climatology
+    centred = anomaly - spatial_mean(anomaly, weights)[..., None, None]
     return spatial_mean(centred.square(), weights).sqrt()
 
 

@@ -61,6 +61,7 @@ class VAN(Backbone):
         ValueError: an argument is out of range; the message names it.
 
     Example:
+        >>> import torch
         >>> net = VAN(num_classes=10, dims=(8, 16), depths=(1, 1), mlp_ratios=(2, 2))
         >>> net(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 10])

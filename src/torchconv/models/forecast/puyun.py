@@ -215,7 +215,7 @@ class PuYun(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """The state after ``x``."""
         self._check(x, time)
-        z = self.embed(self._patches(x)) + self.time(time)[:, :, None, None]
+        z = self.embed(self._patches(x)) + self.time(time.to(self.time.weight))[:, :, None, None]
         for block in self.blocks:
             again = self.grad_checkpointing and self.training
             z = checkpoint(block, z, use_reentrant=False) if again else block(z)
