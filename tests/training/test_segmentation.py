@@ -203,6 +203,16 @@ def test_boundary_f1_identities():
     assert (relaxed > once).any()
 
 
+def test_boundary_f1_of_shifted_contours():
+    """Thousands of pixels with many partners each."""
+    rows, columns = torch.arange(360).reshape(-1, 1), torch.arange(480).reshape(1, -1)
+    target = ((rows // 36 + columns // 48) % 3)[None]
+    predicted = target.roll((2, 1), (1, 2))
+    assert (boundary_f1(predicted, target, 3) > 0.98).all()
+    near = boundary_f1(predicted, target, 3, 0.002)  # a pixel: upright contours match, level ones do not
+    assert ((near > 0.4) & (near < 0.5)).all()
+
+
 def test_boundary_f1_without_boundaries():
     full, other = torch.zeros(1, 6, 6, dtype=torch.long), torch.ones(1, 6, 6, dtype=torch.long)
     assert torch.equal(boundary_f1(full, full, 3)[0, :1], torch.ones(1, dtype=torch.float64))
