@@ -24,16 +24,18 @@ def run(budget: str, progress: Progress) -> Evidence:
     """Train both networks on the same blurred digits and compare PSNR on the same test images."""
     import torch
 
+    from torchconv.models.restore.scores import psnr
+
     seeds, steps = (1, 300) if budget == "quick" else (3, 3000)
     train_set, test_set = _digits()
     blurred = _blur(test_set, torch.Generator().manual_seed(777))
-    scores: dict[str, Any] = {"blurred": _psnr(blurred, test_set)}
+    scores: dict[str, Any] = {"blurred": psnr(blurred.clamp(0, 1), test_set)}
     counts: dict[str, int] = {}
     for seed in range(seeds):
         for name in ("estimator", "blocks only"):
             net = _train(name, train_set, seed, steps)
             with torch.no_grad():
-                score = _psnr(net(blurred), test_set)
+                score = psnr(net(blurred).clamp(0, 1), test_set)
             scores[name] = scores.get(name, 0) + score / seeds
             counts[name] = sum(p.numel() for p in net.parameters())
             progress(f"seed {seed}: {name} {float(score.mean()):.2f} dB, blurred {float(scores['blurred'].mean()):.2f}")
@@ -85,10 +87,6 @@ def _blur(x: Any, generator: Any) -> Any:
     kernels = kernels / kernels.sum((1, 2), keepdim=True)
     y = F.conv2d(x.transpose(0, 1), kernels[:, None], padding=6, groups=count).transpose(0, 1)
     return y + 0.01 * torch.randn(x.shape, generator=generator)
-
-
-def _psnr(y: Any, target: Any) -> Any:
-    return -10 * (y.clamp(0, 1) - target).square().mean((1, 2, 3)).log10()
 
 
 def _network(name: str) -> Any:
