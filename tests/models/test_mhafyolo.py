@@ -154,6 +154,8 @@ def test_first_biases() -> None:
         expected = torch.tensor(5 / 4 / 80**2).log()
         torch.testing.assert_close(score[0][-1].bias, expected.expand(4))
     assert torch.equal(head.cv3[0][2].weight, head.one2one_cv3[0][2].weight)
+    head.reset_biases(80)
+    torch.testing.assert_close(head.one2one_cv3[0][-1].bias, torch.tensor(5 / 4 / 10**2).log().expand(4))
 
 
 def test_shifted_images_give_shifted_boxes() -> None:
@@ -282,6 +284,7 @@ def test_a_small_job() -> None:
     torch.manual_seed(0)
     net, loss = MHAFYOLO(SHALLOW, num_classes=2, momentum=0.2), DetectionLoss(2, (8,))
     images, boxes, labels = squares(64)
+    net.head.reset_biases(64)
     optimiser = torch.optim.AdamW(net.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, 60)
     draw = torch.Generator().manual_seed(0)
@@ -308,7 +311,7 @@ def test_golden_files_may_leave_to_the_weights_what_they_show(net: MHAFYOLO) -> 
         maps = net.head(net.forward_features(x))
     y = {branch: net.head.decode(m) for branch, m in maps.items()}
     boxes, scores, labels = select(y["one2one"])
-    y |= {"post_boxes_xywh": boxes, "post_scores": scores, "post_labels": labels, "y_deploy": net.merge()(x)}
+    y |= {"post_boxes_xywh": boxes, "post_scores": scores, "post_labels": labels, "y_deploy": net.merge()(x).detach()}
     state = {n: t.clone() for n, t in net.state_dict().items()}
     config = {"backbone": rows[:11], "head": rows[11:]}
     case = Case("mhafyolo", "", config, "", "eval", "", None, None, state, {"x": x}, y, {})

@@ -19,7 +19,6 @@ from torchconv._common import check_choice, check_positive
 from torchconv.ops.mhafyolo import ConvBN, MultiKernelReparamConv2d
 
 BRANCHES = ("one2many", "one2one")
-_IMAGE = 640  # of the classes' initial rate
 
 
 def anchors(
@@ -133,13 +132,14 @@ class DetectionHead(nn.Module):
         self.one2one_cv3.load_state_dict(self.cv3.state_dict())
         self.reset_biases()
 
-    def reset_biases(self) -> None:
-        """Boxes start at 1 for every bin, classes at the rate of 5 objects in an image of 640 × 640."""
+    def reset_biases(self, image: int = 640) -> None:
+        """Boxes start at 1 for every bin, classes at the rate of 5 objects in an image of side ``image``."""
+        check_positive("image", image)
         for prefix in ("", "one2one_"):
             both: Any = zip(getattr(self, f"{prefix}cv2"), getattr(self, f"{prefix}cv3"), self.strides, strict=True)
             for boxes, classes, stride in both:
                 nn.init.constant_(boxes[-1].bias, 1.0)
-                nn.init.constant_(classes[-1].bias, math.log(5 / self.num_classes / (_IMAGE / stride) ** 2))
+                nn.init.constant_(classes[-1].bias, math.log(5 / self.num_classes / (image / stride) ** 2))
 
     @property
     def branches(self) -> tuple[str, ...]:
