@@ -54,22 +54,19 @@ def parameters(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str) -> None:
-    whole, backbone, _, _ = PUBLISHED[name]
+    whole, backbone, operations, side = PUBLISHED[name]
     with torch.device("meta"):
-        assert parameters(create_model(name)) == whole
-        assert parameters(create_model(name, dense=True)) == backbone
+        net = create_model(name)
+    assert parameters(net) == whole
+    assert whole - parameters(net.fuse_scales) - parameters(net.head) == backbone
     assert set(VARIANTS) == set(PUBLISHED)
-
-
-def test_published_operations() -> None:
-    _, _, expected, side = PUBLISHED["hrvmamba_b"]
-    with torch.device("meta"):
-        net = create_model("hrvmamba_b")
-    assert published_flops(net, (side, side)) / 1e9 == pytest.approx(expected, rel=0.015)
+    if name == "hrvmamba_b":  # the others: 1.90, 2.78, 5.73
+        assert published_flops(net, (side, side)) / 1e9 == pytest.approx(operations, rel=0.015)
 
 
 def test_any_size_gives_halves_rounded_up() -> None:
     net = randomise(HRVMamba(**SMALL, dense=True)).eval()
+    assert not any(n.startswith(("fuse_scales", "head")) for n in net.state_dict())
     for height, width in ((33, 50), (1, 1), (70, 7)):
         maps = net(torch.randn(2, 3, height, width))
         assert [tuple(y.shape) for y in maps] == [
@@ -94,8 +91,6 @@ def test_classifier_joins_the_maps() -> None:
     torch.testing.assert_close(net(x), net.head(join.final_layer(total).mean((2, 3))))
     for y, e in zip(net.forward_intermediates(x, indices=(0, 2), intermediates_only=True), maps[::2], strict=True):
         assert torch.equal(y, e)
-    with torch.no_grad():
-        assert [len(y) for y in (create_model("hrvmamba_n", features_only=True, dense=True).eval()(x),)] == [4]
 
 
 def test_stages_follow_one_another() -> None:
@@ -153,28 +148,30 @@ def theirs(net: nn.Module, prefix: str = "", necks: str = "neck.") -> dict[str, 
 
 
 def test_authors_files(tmp_path: Path) -> None:
-    net = randomise(create_model("hrvmamba_n", num_classes=5, in_chans=2)).eval()
+    few: dict[str, Any] = {"modules": (1, 1, 1), "blocks": 1}
+    net = randomise(create_model("hrvmamba_n", num_classes=5, in_chans=2, **few)).eval()
     x = torch.randn(1, 2, 32, 40)
     torch.save({"model": theirs(net)}, tmp_path / "a.pth")
-    loaded: Any = load_official("hrvmamba_n", tmp_path / "a.pth")
+    loaded: Any = load_official("hrvmamba_n", tmp_path / "a.pth", **few)
     with torch.no_grad():
         assert torch.equal(loaded(x), net(x))
         state = {n: t for n, t in theirs(net).items() if not n.startswith(("neck.", "head."))}
         torch.save({"state_dict": {f"backbone.{n}": t for n, t in state.items()}}, tmp_path / "b.pth")
-        for y, e in zip(load_official("hrvmamba_n", tmp_path / "b.pth")(x), net.forward_maps(x), strict=True):
+        for y, e in zip(load_official("hrvmamba_n", tmp_path / "b.pth", **few)(x), net.forward_maps(x), strict=True):
             assert torch.equal(y, e)
     with pytest.raises(ValueError, match="does not fit"):
-        load_official("hrvmamba_t", tmp_path / "b.pth")
+        load_official("hrvmamba_t", tmp_path / "b.pth", **few)
     assert convert_name("neck.downsample_layers.1.0.weight") == "fuse_scales.downsample_layers.1.conv.weight"
     assert convert_name("head.fc.bias") == "head.bias"
 
 
 def test_files_of_poses(tmp_path: Path) -> None:
-    net = randomise(create_model("hrvmamba_pose_t", joints=6)).eval()
+    few: dict[str, Any] = {"modules": (1, 1, 1), "blocks": 1}
+    net = randomise(create_model("hrvmamba_pose_t", joints=6, **few)).eval()
     state = theirs(net.backbone, "backbone.")
     state |= {f"keypoint_head.{n}": t for n, t in net.state_dict().items() if n.startswith("final_layer")}
     torch.save({"state_dict": state}, tmp_path / "pose.pth")
-    loaded = load_official("hrvmamba_pose_t", tmp_path / "pose.pth")
+    loaded = load_official("hrvmamba_pose_t", tmp_path / "pose.pth", **few)
     x = torch.randn(1, 3, 32, 24)
     with torch.no_grad():
         assert torch.equal(loaded(x), net(x))
@@ -187,9 +184,12 @@ def test_files_of_poses(tmp_path: Path) -> None:
     assert all(".fuse_layers.1." in n for n in report.unexpected)
 
 
-def test_saved_copied_and_pickled(tmp_path: Path) -> None:
+def test_features_saved_copied_and_pickled(tmp_path: Path) -> None:
     net = randomise(create_model("hrvmamba_n", **TWO)).eval()
     x = torch.randn(1, 3, 20, 24)
+    features = create_model("hrvmamba_n", **TWO, features_only=True, out_indices=(1,))
+    assert features.feature_info.channels() == [12]
+    assert features(x)[0].shape == (1, 12, 3, 3)
     save(net, tmp_path / "net")
     for twin in (load(tmp_path / "net"), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert all(torch.equal(y, e) for y, e in zip(twin(x), net(x), strict=True))
@@ -209,10 +209,10 @@ def test_merged_channels_last_and_half_precision() -> None:
 
 
 def test_exports_with_any_batch() -> None:
-    net = randomise(HRVMamba(**{**TWO, "local": True})).eval()
+    net = randomise(HRVMamba(**TWO)).eval()
     batch = {0: torch.export.Dim("batch", min=1, max=8)}
-    program = torch.export.export(net, (torch.randn(2, 3, 16, 16),), dynamic_shapes=(batch,)).module()
-    x = torch.randn(3, 3, 16, 16)
+    program = torch.export.export(net, (torch.randn(2, 3, 10, 8),), dynamic_shapes=(batch,)).module()
+    x = torch.randn(3, 3, 10, 8)
     for y, e in zip(program(x), net(x), strict=True):
         torch.testing.assert_close(y, e, rtol=1e-4, atol=1e-4)
 

@@ -52,8 +52,9 @@ def published_flops(net: nn.Module, size: tuple[int, int] = (256, 256)) -> int:
     twin = copy.deepcopy(net).to("meta").eval()
     for module in twin.modules():
         module.register_forward_hook(add)
-    with torch.no_grad():
-        twin(torch.empty(1, getattr(net, "in_chans", 3), *size, device="meta"))
+    # With gradients: the kernels are then operators whose results have shapes only.
+    with torch.enable_grad():
+        twin(torch.empty(1, getattr(net, "in_chans", 3), *size, device="meta", requires_grad=True))
     return total
 
 
