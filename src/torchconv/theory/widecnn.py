@@ -163,33 +163,30 @@ class _Pair:
     def node(self, level: int, index: int) -> tuple[Tensor, Tensor, Variances | None]:
         """R, N and the variances of a node; level 0 are the patches of the first layer."""
         if level == 0:
-            r = self.left[index] @ self.right[index].T
-            n: Tensor | float = r
+            t = self.left[index] @ self.right[index].T
+            n = t
             variances = None if self.norms is None else (self.norms[0][index], self.norms[1][index])
         else:
             size = self.groups[level - 1]
-            r, n, variances = self.node(level - 1, index * size)
+            t, n, variances = self.node(level - 1, index * size)
             for child in range(index * size + 1, (index + 1) * size):
-                r2, n2, v2 = self.node(level - 1, child)
-                r, n = r + r2, n + n2
+                t2, n2, v2 = self.node(level - 1, child)
+                t, n = t.add_(t2), n.add_(n2)
                 if variances is not None and v2 is not None:
                     variances = variances[0] + v2[0], variances[1] + v2[1]
-            r, n = r / size, n / size
+            t, n = t.mul_(1 / size), n.mul_(1 / size)
             variances = None if variances is None else (variances[0] / size, variances[1] / size)
         scale = None if variances is None else (variances[0][:, None] * variances[1]).sqrt()
-        k1, k0 = _arc_cosine(r if scale is None else torch.where(scale > 0, r / scale, 0.0), self.diagonal)
-        bent = k1 if scale is None else scale * k1
-        return bent, bent + n * k0, variances
-
-
-def _arc_cosine(t: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
-    """κ₁ and κ₀, which share the angle; on a diagonal t is exactly 1."""
-    if diagonal:
-        t = t.clone()
-        t.fill_diagonal_(1.0)
-    t = t.clamp(-1, 1)
-    rest = math.pi - t.acos()
-    return (t * rest + (1 - t * t).sqrt()) / math.pi, rest / math.pi
+        if scale is not None:
+            t = torch.where(scale > 0, t / scale, 0.0)
+        if self.diagonal:
+            t = t.fill_diagonal_(1.0)
+        t = t.clamp_(-1, 1)
+        # κ₁ and κ₀ share the angle; few passes over the block are what counts beside the arc cosine.
+        rest = math.pi - t.acos()
+        r = torch.addcmul((1 - t * t).sqrt_(), t, rest).mul_(1 / math.pi)
+        r = r if scale is None else r * scale
+        return r, torch.addcmul(r, n, rest, value=1 / math.pi), variances
 
 
 def _tree(x: Tensor, filter_sizes: FilterSizes, name: str) -> tuple[Tensor, tuple[int, ...], int]:
@@ -216,7 +213,8 @@ def _tree(x: Tensor, filter_sizes: FilterSizes, name: str) -> tuple[Tensor, tupl
     patches = maps.reshape(*maps.shape[:2], *split).permute(0, *axes, 1, *last)
     groups = tuple(math.prod(s) for s in sizes[1:])
     count = math.prod(spatial) // math.prod(products)
-    return patches.reshape(len(x), count * math.prod(groups), -1), groups, count
+    entries = maps.shape[1] * math.prod(sizes[0])
+    return patches.reshape(len(x), count * math.prod(groups), entries), groups, count
 
 
 def sphere_patches(
@@ -352,7 +350,7 @@ def learning_curve(
     errors = []
     for n in wanted:
         prediction = ridge_regression(gram[:n, :n], y[:n], gram[-tests:, :n], ridge)
-        errors.append((prediction - y[-tests:]).square().mean(0) / y[-tests:].square().mean(0))
+        errors.append((prediction - y[-tests:]).square().mean(0) / y[-tests:].var(0))
     found = torch.stack(errors, 1)
     mean = found.mean(0)[fitted].log()
     place = torch.tensor([wanted[i] for i in fitted], dtype=mean.dtype, device=mean.device).log()
