@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchconv.training.weather import (
     acc,
     activity,
     bias,
+    climatology,
     latitude_weights,
     mae,
     mse,
@@ -142,6 +144,41 @@ class TestScores:
             spatial_mean(fields(7))
         with pytest.raises(ValueError, match="root='never'"):
             rmse(fields(2, 7, 5), fields(2, 7, 5), root="never")
+
+
+class TestClimatology:
+    TIMES = np.datetime64("2019-12-20T00", "h") + np.arange(0, 4 * 366 * 24, 6).astype("timedelta64[h]")
+
+    @pytest.mark.parametrize("window", [1, 5, None])
+    def test_is_the_mean_of_the_same_hour_and_time_of_year(self, window: int | None) -> None:
+        values = fields(len(self.TIMES), 2, 3)
+        valid = ["2024-01-01T06:00", "2024-12-31T18:00", "2023-06-15T00:00"]
+        for text, found in zip(valid, climatology(values, self.TIMES, valid, window), strict=True):
+            when = datetime.fromisoformat(text)
+            day, chosen = when.timetuple().tm_yday, []
+            for index, time in enumerate(self.TIMES.astype("datetime64[s]").tolist()):
+                apart = abs(time.timetuple().tm_yday - day)
+                near = window is None or min(apart, 366 - apart) <= window // 2
+                if time.hour == when.hour and near:
+                    chosen.append(index)
+            torch.testing.assert_close(found, values[chosen].mean(0))
+
+    def test_makes_anomalies_that_correlate(self) -> None:
+        values = fields(len(self.TIMES), 7, 5)
+        expected = climatology(values, self.TIMES, self.TIMES[:3])
+        torch.testing.assert_close(acc(values[:3], values[:3], expected), torch.ones(3).double())
+        assert torch.equal(expected[:1], climatology(values, self.TIMES, self.TIMES[0]))
+
+    def test_bad_arguments(self) -> None:
+        values, times = fields(2, 3), ["2020-01-01T06:00", "2020-02-01T06:00"]
+        with pytest.raises(ValueError, match="times=1"):
+            climatology(values, times[:1], times)
+        with pytest.raises(ValueError, match="window=4"):
+            climatology(values, times, times, 4)
+        with pytest.raises(ValueError, match=r"day 15, 6 h.*within 3 days"):
+            climatology(values, times, "2021-01-15T06:00", 3)
+        with pytest.raises(ValueError, match=r"day 15, 7 h.*no field of that hour"):
+            climatology(values, times, "2021-01-15T07:00", None)
 
 
 class TestLoss:

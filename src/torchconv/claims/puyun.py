@@ -8,43 +8,64 @@ from torchconv.claims import Evidence, Progress, claim
 from torchconv.claims._support import paired_interval, train
 
 ROWS, COLUMNS, WIDTH = 12, 24, 16
-SCORED, LEAD, CAP = 4, 8, 1e6
+SCORED, LEAD = 4, 8
 KERNELS = {"large kernel": (21, 3), "local kernel": (3, 1)}
+TRAINED_HOURS, WEATHER = 576, "era5_uk_t2m_2019-03.npz"
 
 
 @claim(
     key="puyun",
     says="A fully convolutional network with large kernel attention forecasts global fields step by step, its large "
     "kernels carrying what small ones cannot reach.",
-    source="arXiv 2409.02123, abstract and method (the operator; not the global weather data)",
+    source="arXiv 2409.02123, abstract and method (not the global weather data, and not the cascade)",
     experiment="A tracer carried eastwards by a wind of 0 to 5 cells a step that differs by latitude, on a 12 × 24 "
-    "globe; two past states in, the next one out, two blocks of 16 channels, circular in longitude, trained on one "
-    "step. Attention with K = 21 (5 × 5 and dilated 7 × 7) against K = 3, paired seeds. Effect: by how much the root "
-    "mean squared error at lead 4, rolled out, is smaller, in percent.",
+    "globe; two past states in, the next one out; the network with two blocks of 16 channels, patches of one cell, "
+    "circular in longitude, trained on one step and then on roll-outs of four. Attention with K = 21 (5 × 5 and "
+    "dilated 7 × 7) against K = 3, paired seeds. Effect: by how much the root mean squared error at lead 4 is smaller, "
+    "in percent. Beside it, where the data are at hand, temperature over the British Isles six hours ahead.",
 )
 def run(budget: str, progress: Progress) -> Evidence:
-    """Train both networks on one step, roll out, and compare the errors at a later lead."""
+    """Train both networks on one step and on roll-outs, and compare the errors at a later lead."""
     import torch
 
-    seeds, steps = (5, 250) if budget == "quick" else (8, 2000)
+    seeds, steps, tuned = (5, 250, 50) if budget == "quick" else (8, 1000, 300)
     test = _trajectories(64, LEAD + 2, torch.Generator().manual_seed(999))
     errors: dict[str, list[list[float]]] = {name: [] for name in KERNELS}
+    untuned: dict[str, list[list[float]]] = {name: [] for name in KERNELS}
     counts = {}
     for seed in range(seeds):
         for name, (kernel, decomposition) in KERNELS.items():
             net = _network(kernel, decomposition, seed)
             counts[name] = sum(p.numel() for p in net.parameters())
-            errors[name].append(_roll_out(_train(net, seed, steps), test))
+            generator = torch.Generator().manual_seed(seed)
+            untuned[name].append(_roll_out(_train(net, generator, steps, 1, 3e-3), test))
+            errors[name].append(_roll_out(_train(net.train(), generator, tuned, 4, 1e-3), test))
             first, later = errors[name][-1][0], errors[name][-1][SCORED - 1]
             progress(f"seed {seed}: {name}, lead 1 {first:.3f}, lead {SCORED} {later:.3f}")
     persistence = [float((test[:, 1 + t, 0] - test[:, 1, 0]).square().mean().sqrt()) for t in range(1, LEAD + 1)]
 
-    def gain(lead: int) -> tuple[float, float, float]:
-        large, local = ([e[lead - 1] for e in errors[name]] for name in KERNELS)
+    def gain(found: dict[str, list[list[float]]], lead: int) -> tuple[float, float, float]:
+        large, local = ([e[lead - 1] for e in found[name]] for name in KERNELS)
         return paired_interval([-a / b for a, b in zip(large, local, strict=True)], [-1.0] * seeds, 100)
 
-    worst = {name: max(e[-1] for e in found) for name, found in errors.items()}
-    effect, low, high = gain(SCORED)
+    effect, low, high = gain(errors, SCORED)
+    weather = _weather(500 if budget == "quick" else 2000)
+    notes = [
+        f"Persistence has {persistence[0]:.2f} at lead 1 and {persistence[SCORED - 1]:.2f} at lead {SCORED}.",
+        "At lead 1 the difference is {:.0f} % ({:.0f} to {:.0f}).".format(*gain(errors, 1)),
+        "Before the training on roll-outs it is, at lead {}, {:.0f} % ({:.0f} to {:.0f}).".format(
+            SCORED, *gain(untuned, SCORED)
+        ),
+        "The local network's four 3 × 3 kernels reach four cells; the fastest winds bring the tracer from six.",
+        "Nothing is said about the cascade of models, or about other architectures.",
+    ]
+    if weather:
+        notes.append(
+            "Two-metre temperature over the British Isles (ERA5, March 2019, last week for the test), six hours ahead: "
+            "{network:.2f} K, persistence {persistence:.2f} K, mean of the hour of the day {climatology:.2f} K.".format(
+                **weather
+            )
+        )
     return Evidence(
         effect=effect,
         low=low,
@@ -53,20 +74,14 @@ def run(budget: str, progress: Progress) -> Evidence:
         meaning="positive: the large kernel's error is smaller",
         measurements={
             "rmse_by_lead_and_seed": errors,
+            "rmse_by_lead_and_seed_before_tuning": untuned,
             "persistence_by_lead": persistence,
             "parameters": counts,
             "seeds": seeds,
-            "steps": steps,
+            "steps": [steps, tuned],
+            "temperature_rmse_6h": weather,
         },
-        notes=[
-            f"Persistence has {persistence[0]:.2f} at lead 1 and {persistence[SCORED - 1]:.2f} at lead {SCORED}.",
-            "At lead 1 the difference is {:.0f} % ({:.0f} to {:.0f}).".format(*gain(1)),
-            f"Rolled out to lead {LEAD}, the worst errors are {worst['large kernel']:.3g} (large) and "
-            f"{worst['local kernel']:.3g} (local). Gates multiply, and networks trained on one step may diverge: the "
-            "paper fine-tunes on roll-outs.",
-            "The local network's four 3 × 3 kernels reach four cells; the fastest winds bring the tracer from six.",
-            "Nothing is said about real weather, about the cascade of models, or about other architectures.",
-        ],
+        notes=notes,
     )
 
 
@@ -91,46 +106,86 @@ def _trajectories(count: int, length: int, generator: Any) -> Any:
 
 def _network(kernel: int, decomposition: int, seed: int) -> Any:
     import torch
-    from torch import nn
 
-    from torchconv.models.forecast.van import VANBlock
+    from torchconv.models.forecast.puyun import PuYun
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options: dict[str, Any] = {"kernel_size": kernel, "decomposition": decomposition, "padding_mode": "longitude"}
-        blocks = [VANBlock(WIDTH, 2.0, layer_scale=0.5, **options) for _ in range(2)]
-        return nn.Sequential(nn.Conv2d(4, WIDTH, 1), *blocks, nn.Conv2d(WIDTH, 1, 1))
+        sizes: dict[str, Any] = {
+            "kernel_size": kernel,
+            "decomposition": decomposition,
+            "mlp_ratio": 2.0,
+            "layer_scale": 0.5,
+        }
+        return PuYun(2, WIDTH, depth=2, patch=1, time_features=1, **sizes)
 
 
-def _step(net: Any, before: Any, now: Any) -> Any:
-    """The next state: the network's change of the tracer, the wind kept."""
-    import torch
+def _train(net: Any, generator: Any, steps: int, length: int, lr: float) -> Any:
+    """Squared errors of roll-outs of ``length`` steps on fresh trajectories; nothing depends on the time."""
+    import torch.nn.functional as F
+    from torch import zeros
 
-    q = now[:, :1] + net(torch.cat((before, now), 1))
-    return torch.cat((q, now[:, 1:]), 1)
-
-
-def _train(net: Any, seed: int, steps: int) -> Any:
-    """One-step errors on fresh trajectories."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
+    from torchconv.models.forecast.puyun_rollout import rollout_loss
 
     def loss() -> Any:
-        states = _trajectories(16, 3, generator)
-        return (_step(net, states[:, 0], states[:, 1]) - states[:, 2]).square().mean()
+        states = _trajectories(16, length + 2, generator)
+        known, times = states[:, :2], zeros(length, 1, 1)
+        return rollout_loss(net, known, states[:, 2:], times, checkpoint=False, loss=F.mse_loss)
 
-    return train(net, loss, steps=steps, lr=3e-3, one_cycle=True)
+    return train(net, loss, steps=steps, lr=lr, one_cycle=length == 1)
 
 
 def _roll_out(net: Any, test: Any) -> list[float]:
-    """Root mean squared error of the tracer at each lead, at most ``CAP``."""
+    """Root mean squared error of the tracer at each lead."""
     import torch
 
-    before, now, errors = test[:, 0], test[:, 1], []
-    with torch.no_grad():
-        for lead in range(LEAD):
-            before, now = now, _step(net, before, now)
-            error = (now - test[:, 2 + lead])[:, 0].square().mean().sqrt()
-            errors.append(float(error.nan_to_num(CAP, CAP).clamp_max(CAP)))
-    return errors
+    from torchconv.models.forecast.puyun_rollout import rollout
+
+    with torch.inference_mode():
+        forecasts = rollout(net, test[:, :2], torch.zeros(LEAD, 1, 1))
+        return [float((y - test[:, 2 + t])[:, 0].square().mean().sqrt()) for t, y in enumerate(forecasts)]
+
+
+def _weather(steps: int) -> dict[str, float] | None:
+    """Errors in K of temperature six hours ahead in the test week; None without the data."""
+    import numpy as np
+    import torch
+
+    from torchconv.data.named import places
+    from torchconv.models.forecast.puyun import PuYun
+    from torchconv.models.forecast.puyun_rollout import time_encoding
+    from torchconv.training.weather import climatology, latitude_weights, rmse, weighted_l1
+
+    files = (folder / WEATHER for place in places(None) for folder in (place / "weather", place))
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return None
+    with np.load(path) as arrays:
+        fields = torch.from_numpy(arrays["t2m"])[:, None]
+        starts = [np.datetime64(0, "h") + np.timedelta64(int(h), "h") for h in arrays["time"]]
+        weights = latitude_weights(arrays["lat"].astype(float), poles=False)
+    times = time_encoding(starts, 1)[0]
+    known = fields[:TRAINED_HOURS]
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"mean": float(known.mean()), "std": float(known.std()), "padding_mode": "zeros"}
+        net = PuYun(1, 32, depth=2, patch=3, mlp_ratio=2.0, layer_scale=0.3, **options)
+
+    def forecast(now: Any) -> Any:
+        return net(torch.stack((fields[now - 6], fields[now]), 1), times[now])
+
+    def loss() -> Any:
+        now = torch.randint(6, TRAINED_HOURS - 6, (16,), generator=generator)
+        return weighted_l1(forecast(now), fields[now + 6], weights)
+
+    train(net, loss, steps=steps, lr=3e-3, one_cycle=True)
+    valid = torch.arange(TRAINED_HOURS, len(fields))
+    mean_day = climatology(known, starts[:TRAINED_HOURS], starts[TRAINED_HOURS:], None)
+    with torch.inference_mode():
+        found = {
+            "network": forecast(valid - 6),
+            "persistence": fields[valid - 6],
+            "climatology": mean_day,
+        }
+    return {name: float(rmse(y, fields[valid], weights)) for name, y in found.items()}

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.models.forecast.puyun_rollout import Moment, calendar
 
 WEIGHTS = ("area", "cosine")
 ROOTS = ("after", "before")
@@ -170,6 +172,44 @@ def acc(forecast: Tensor, truth: Tensor, climatology: Tensor, weights: Tensor | 
 
 def _pairs(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     return (a, b), (a, a), (b, b)
+
+
+def climatology(
+    fields: Tensor, times: Sequence[Moment], valid: Moment | Sequence[Moment], window: int | None = 61
+) -> Tensor:
+    """The field expected at each valid time: the mean over past fields of the same hour and time of the year.
+
+    Args:
+        fields: (T, …), of many years.
+        times: of the fields, UTC.
+        valid: the times to look up.
+        window: days, odd, around the day of the year, all weighed alike; None for the mean of the hour of the day.
+
+    Shape:
+        (T, …) → (len(valid), …); a single valid time counts as one.
+
+    Raises:
+        ValueError: numbers that do not fit, or a valid time with no field in its window.
+
+    Example:
+        >>> fields, times = torch.tensor([1.0, 3.0, 9.0]), ["2020-01-01T06:00", "2021-01-02T06:00", "2021-01-01T18:00"]
+        >>> climatology(fields, times, ["2022-01-01T06:00", "2022-01-01T18:00"], window=3)
+        tensor([2., 9.])
+    """
+    check(len(times) == len(fields), "times", len(times), f"give one for each of the {len(fields)} fields")
+    odd = window is None or (isinstance(window, int) and window >= 1 and window % 2 == 1)
+    check(odd, "window", window, "must be an odd number of days, or None")
+    days, hours = calendar(times)
+    means = []
+    for day, hour in zip(*calendar(valid), strict=True):
+        near = hours == hour
+        if window is not None:
+            apart = abs(days - day)
+            near &= np.minimum(apart, 366 - apart) <= window // 2
+        remedy = "there is no field of that hour" + ("" if window is None else f" within {window} days; widen window")
+        check(bool(near.any()), "valid", f"day {day}, {hour} h", remedy)
+        means.append(fields[torch.from_numpy(near.nonzero()[0])].mean(0))
+    return torch.stack(means)
 
 
 def activity(fields: Tensor, climatology: Tensor, weights: Tensor | None = None) -> Tensor:

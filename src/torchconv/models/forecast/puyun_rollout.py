@@ -25,6 +25,30 @@ STAGES = ("short", "medium", "long")
 Moment = str | datetime | np.datetime64
 
 
+def calendar(times: Moment | Sequence[Moment]) -> tuple[np.ndarray, np.ndarray]:
+    """Day of the year, from 1, and full hour of each time.
+
+    Raises:
+        ValueError: one is no time.
+
+    Example:
+        >>> calendar(["2020-12-31T18:30", "2021-01-01T00:00"])
+        (array([366,   1]), array([18,  0]))
+    """
+    return _calendar(_moments(times))
+
+
+def _calendar(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    days = times.astype("datetime64[D]")
+    day_of_year = (days - times.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64) + 1
+    return day_of_year, (times - days).astype("timedelta64[h]").astype(np.int64)
+
+
+def _moments(times: Moment | Sequence[Moment]) -> np.ndarray:
+    several = [times] if isinstance(times, str | datetime | np.datetime64) else list(times)
+    return np.array([_moment(t) for t in several], dtype="datetime64[us]")
+
+
 def _moment(start: Moment) -> Any:
     """Naive, in UTC."""
     if isinstance(start, str):
@@ -74,13 +98,10 @@ def time_encoding(
     check_positive("steps", steps)
     check_positive("history", history)
     check(hours > 0, "hours", hours, "must be positive")
-    several = [start] if isinstance(start, str | datetime | np.datetime64) else list(start)
-    begin = np.array([_moment(s) for s in several], dtype="datetime64[us]")
+    begin = _moments(start)
     offsets = [round(i * hours * 3_600_000_000) for i in range(1 - history, steps + 1)]
     times = begin + np.array(offsets, dtype="timedelta64[us]")[:, None]
-    days = times.astype("datetime64[D]")
-    day_of_year = (days - times.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64) + 1
-    hour = (times - days).astype("timedelta64[h]").astype(np.int64)
+    day_of_year, hour = _calendar(times)
     angles = torch.from_numpy(np.stack((day_of_year / 366, hour / 24), -1)).float()
     angles = angles * (2 * torch.pi) if periodic else angles
     features = torch.cat((angles.sin(), angles.cos()), -1)
