@@ -206,6 +206,16 @@ def test_official_file(build, tmp_path):
     assert all(torch.equal(t, own[n]) for n, t in convert_official(own).items())
 
 
+def test_files_that_do_not_fit(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file({"features.0.weight": torch.ones(4, 3, 3, 3)}, path)
+    with pytest.raises(ValueError, match="neither conv1_1"):
+        load_official("segnet", path)
+    save_file({"conv1.weight": torch.ones(4, 3, 7, 7)}, path)
+    with pytest.raises(ValueError, match=r"conv1\.bias"):
+        load_official("segnet_basic", path)
+
+
 @pytest.mark.parametrize("decoder", ["single-channel", "fcn"])
 @NETS
 def test_own_file_says_which_decoder(build, decoder, tmp_path):

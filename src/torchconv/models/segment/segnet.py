@@ -353,17 +353,21 @@ def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_official(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Options of the network that a converted state belongs to."""
-    first = state["conv1_1.weight"] if "conv1_1.weight" in state else state["conv1.weight"]
     basic = "conv1_1.weight" not in state
+    first = state.get("conv1.weight" if basic else "conv1_1.weight")
+    if first is None or first.dim() != 4:
+        raise ValueError(f"state: neither conv1_1 (SegNet) nor conv1 (SegNet-Basic) in {list(state)[:3]} …")
     last = "score1" if "score1.weight" in state else "conv_classifier" if basic else "conv1_1_D"
-    options: dict[str, Any] = {"num_classes": len(state[f"{last}.bias"]), "in_chans": first.shape[1]}
+    options: dict[str, Any] = {"in_chans": first.shape[1]}
+    if f"{last}.weight" in state:
+        options["num_classes"] = len(state[f"{last}.weight"])
     decoding = state.get("conv_decode1.weight" if basic else "conv1_2_D.weight")
     if decoding is None:
         options["decoder"] = "fcn"
     elif decoding.shape[0] > decoding.shape[1]:
         options["decoder"] = "single-channel"
     if not basic:
-        widths = [len(state[f"conv{stage}_1.weight"]) for stage in range(1, 6)]
+        widths = [len(state.get(f"conv{stage}_1.weight", ())) for stage in range(1, 6)]
         plan = [[max(1, width // d) for width, _ in SegNet._plan] for d in range(1, 513)]
         return {**options, "divisor": plan.index(widths) + 1 if widths in plan else 1}
     depth = sum(name.startswith("conv") and name[4:-7].isdecimal() for name in state if name.endswith(".weight"))
