@@ -21,6 +21,7 @@ from torchconv.models.segment.crf_lattice import Lattice
 
 Filter = Callable[[Tensor], Tensor]  # (B, N, L) → (B, N, L)
 Width = float | Sequence[float]
+_CACHED = 2**20  # pairs whose distances stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def separable_filter(image: Tensor, widths: Sequence[float]) -> Filter:
     matrices = []
     for n, std in zip(image.shape[2:], widths, strict=True):
         steps = torch.arange(n, device=image.device, dtype=image.dtype) / std
-        matrices.append((steps[:, None] - steps).square().mul(-0.5).exp())
+        matrices.append((steps[:, None] - steps).square().mul(-0.5).clamp(min=-80).exp())
 
     def apply(v: Tensor) -> Tensor:
         shape = v.shape
@@ -117,14 +118,15 @@ def pairs_filter(features: Tensor, max_pairs: int) -> Filter:
     if count * count <= max_pairs:
         matrix = gaussian(features, features)
         return lambda v: matrix @ v
-    rows = max(1, max_pairs // count)
+    rows = max(1, min(max_pairs, _CACHED) // count)
     return lambda v: _Pairs.apply(features, v, rows)
 
 
 def gaussian(a: Tensor, b: Tensor) -> Tensor:
     """exp(−|aᵢ − bⱼ|² / 2), from differences: features may be far from 0, where |a|² + |b|² − 2ab loses its digits."""
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.square().mul(-0.5).exp()
+    # Far pairs count for 10⁻³⁵ instead of 0: numbers below the normal ones would take many times as long.
+    return distance.square().mul(-0.5).clamp(min=-80).exp()
 
 
 class _Pairs(torch.autograd.Function):
