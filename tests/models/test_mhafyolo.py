@@ -231,8 +231,10 @@ def test_finding_objects_in_images_of_any_size(net: MHAFYOLO) -> None:
     batch, place = letterbox(image, 64)
     for branch in ("one2one", "one2many"):
         model = copy.deepcopy(net).use(branch).train()
+        model.model[0].eval()
         found = model.detect(image, 64, conf=0.5, iou=0.5, max_det=7)
         assert model.training
+        assert not model.model[0].training
         with torch.no_grad():
             y = model.eval()(batch)
         for i, (boxes, scores, labels) in enumerate(found):

@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchconv._common import check_choice
@@ -135,6 +136,7 @@ class MHAFYOLO(nn.Module):
         twin.head.keep(self.branch)
         return twin
 
+    @torch.no_grad()
     def detect(
         self, image: Tensor, size: int | tuple[int, int] = 640, conf: float = 0.25, iou: float = 0.7, max_det: int = 300
     ) -> list[Detections]:
@@ -150,12 +152,13 @@ class MHAFYOLO(nn.Module):
         Returns:
             For each image, boxes in its pixels, scores and classes, best first.
         """
-        mode = self.training
         batch, place = letterbox(image if image.dim() == 4 else image.unsqueeze(0), size, self.multiple)
+        modes = [(module, module.training) for module in self.modules()]
         try:
             y = self.eval()(batch)
         finally:
-            self.train(mode)
+            for module, mode in modes:
+                module.training = mode
         if self.branch == BRANCHES[0]:
             found = suppress(y, conf, iou, max_det)
         else:

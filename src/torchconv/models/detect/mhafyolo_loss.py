@@ -79,8 +79,10 @@ def assign(
     if objects.shape[1] == 0:
         none = torch.zeros(batch, count, dtype=torch.long, device=scores.device)
         return Assignment(none, torch.zeros_like(boxes), torch.zeros_like(scores), none.bool())
-    inside = torch.cat([centres - objects[..., None, :2], objects[..., None, 2:] - centres], -1).amin(-1) > 1e-9
-    inside &= valid[..., None]
+    inside = valid[..., None].expand(-1, -1, count)
+    for axis in (0, 1):
+        place, (low, high) = centres[:, axis], objects[..., None, axis::2].unbind(-1)
+        inside = inside & (place - low > 1e-9) & (high - place > 1e-9)
     image, row, anchor = inside.nonzero(as_tuple=True)
     overlap, align = scores.new_zeros(2, *inside.shape)
     pairs = complete_iou(objects[image, row], boxes[image, anchor]).clamp(min=0)
