@@ -49,6 +49,7 @@ def _frames(config: dict[str, Any], wanted: set[str]) -> dict[str, Tensor]:
 def _network(case: Case) -> Adapted:
     count = max(int(name[3:]) for name in case.inputs if name[:3] == "chi")
     layers = case.config.get("layers") or [{}] * count
+    norm = case.config.get("norm", "continuous")
 
     def build(inputs: dict[str, Tensor]) -> FrameNetwork:
         def layer(n: int, options: dict[str, Any]) -> FrameLayer:
@@ -61,7 +62,7 @@ def _network(case: Case) -> Adapted:
         return FrameNetwork(tuple(layer(n, o) for n, o in enumerate(layers)), torch.fft.fftn(last))
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        features = build(inputs)(inputs["x"], norm="continuous")
+        features = build(inputs)(inputs["x"], norm)
         real = {f"layer{n}_re": f.real for n, f in enumerate(features)}
         return real | {f"layer{n}_im": f.imag for n, f in enumerate(features)}
 
@@ -69,7 +70,7 @@ def _network(case: Case) -> Adapted:
         network = build(inputs)
         return {
             "frame_bounds": torch.tensor([layer.bounds() for layer in network.layers], dtype=torch.float64),
-            "energy_per_layer": energy(network(inputs["x"], norm="continuous")),
+            "energy_per_layer": energy(network(inputs["x"], norm)),
             "input_energy": inputs["x"].abs().square().sum(),
         }
 

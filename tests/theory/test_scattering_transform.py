@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchconv.ops.scattering import Scattering1d, Scattering2d
-from torchconv.theory.scattering import morlet_bank_1d, morlet_bank_2d, scattering_1d, scattering_2d
+from torchconv.ops.scattering import FrameFeatures, Scattering1d, Scattering2d
+from torchconv.theory.scattering import frame_network, morlet_bank_1d, morlet_bank_2d, scattering_1d, scattering_2d
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -156,6 +156,33 @@ def test_batches_types_and_gradients():
 
 
 @pytest.mark.parametrize(
+    ("family", "scale", "real"), [("haar", 2, True), ("shearlet", 2, True), ("weyl-heisenberg", 3, False)]
+)
+@pytest.mark.parametrize("nonlinearity", ["modulus", "relu"])
+def test_features_over_frames_are_the_network(family, scale, real, nonlinearity):
+    options = {"scale": scale, "wedges": 4, "nonlinearity": nonlinearity, "step": 2, "average": True}
+    layer = FrameFeatures(family, (9, 5), 2, dtype=torch.float64, **options)
+    x = noise(2, 3, 9, 5)
+    found, expected = layer(x), frame_network(family, (9, 5), 2, **options)(x)
+    assert layer.complex == (not real and nonlinearity != "modulus")
+    for ours, theirs in zip(found, expected, strict=True):
+        wanted = torch.cat([theirs.real, theirs.imag], 2) if layer.complex else theirs.real
+        torch.testing.assert_close(ours, wanted)
+        assert layer.complex or theirs.imag.abs().max() < 1e-12
+    assert [f.shape for f in layer(x[:0])] == [(0, *f.shape[1:]) for f in found]
+    change = torch.cat([(a - b).flatten() for a, b in zip(layer(2 * x), found, strict=True)])
+    assert change.norm() <= x.norm() + 1e-12
+
+
+def test_networks_on_other_types():
+    net = frame_network("haar", 12, 2, step=2).to(dtype=torch.float32)
+    x = noise(12)
+    features = net(x.float())
+    assert all(f.dtype == torch.complex64 for f in features)
+    torch.testing.assert_close(features[2].cdouble(), frame_network("haar", 12, 2, step=2)(x)[2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Scattering2d(7, 3), "scale=3: 2.scale exceeds the image's 7×7"),
@@ -171,6 +198,8 @@ def test_batches_types_and_gradients():
         (lambda: Scattering1d(20, 2, average="max"), "average='max'"),
         (lambda: Scattering1d(20, 2, stride=3), "stride=3"),
         (lambda: Scattering1d(20, 9), "scale=9"),
+        (lambda: Scattering1d(256, 4, (1, 4)), r"q=\(1, 4\): paths would rise"),
+        (lambda: FrameFeatures("haar", 8)(torch.zeros(2, 9)), r"x.shape=\(2, 9\)"),
         (lambda: Scattering1d(20, 2, fold="max"), "fold='max'"),
     ],
 )

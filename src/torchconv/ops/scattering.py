@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torchconv.catalog import part
 from torchconv.kernels._custom import without_autocast
+from torchconv.theory._scattering_network import frame_network, make_admissible, propagate
 from torchconv.theory._scattering_transform import (
     Tables,
     as_batch,
@@ -205,3 +206,105 @@ class Scattering2d(_Scattering):
         """Arguments for ``repr``."""
         bank = self.bank
         return f"{bank.size}, scale={bank.scale}, angles={bank.angles}, max_order={self.max_order}"
+
+
+@part(
+    "frame-features",
+    paper="scattering",
+    kind="layer",
+    dims=(1, 2, 3),
+    probe={"build": {"family": "haar", "size": [6, 5], "depth": 2, "scale": 1, "step": 2}, "inputs": [[2, 2, 6, 5]]},
+    keywords="frame features curvelet shearlet Gabor Haar Daubechies fixed extractor admissible non-expansive",
+)
+class FrameFeatures(nn.Module):
+    """Features of an admissible network over tight frames, of any number of spatial axes; non-expansive.
+
+    Args:
+        family, size, depth, scale, wedges, nonlinearity, step, average: see
+            :func:`torchconv.theory.scattering.frame_network`.
+
+    Attributes:
+        complex: whether features have an imaginary part, which then follows the real part along the paths.
+
+    Shape:
+        (\\*batch, C, \\*size) → a tuple with one tensor a layer from 0 on, (\\*batch, C, paths, \\*size of the layer).
+
+    Raises:
+        ValueError: an argument is out of range, or the input has another size.
+
+    Example:
+        >>> layer = FrameFeatures("shearlet", (16, 16), depth=1, scale=2, wedges=4, step=2)
+        >>> [tuple(f.shape) for f in layer(torch.zeros(2, 3, 16, 16))]
+        [(2, 3, 1, 16, 16), (2, 3, 6, 8, 8)]
+
+    Reference: Wiatowski and Bölcskei, arXiv 1512.06293.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        size: int | Sequence[int],
+        depth: int = 2,
+        *,
+        scale: int = 3,
+        wedges: int = 8,
+        nonlinearity: str = "modulus",
+        step: int = 1,
+        average: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"nonlinearity": nonlinearity, "step": step, "average": average}
+        network = make_admissible(frame_network(family, size, depth, scale=scale, wedges=wedges, **options))[0]
+        self.size, self.depth = network.layers[0].size, depth
+        self.nonlinearity, self.step = nonlinearity, step
+        filters = [network.output, *(layer.output for layer in network.layers)]
+        if nonlinearity != "modulus":  # the modulus is real, whatever the filters
+            filters += [layer.atoms for layer in network.layers]
+        self.complex = not all(_is_real(f, len(self.size)) for f in filters)
+        kind = dtype or torch.get_default_dtype()
+        for n, layer in enumerate(network.layers):
+            for name, response in (("atoms", layer.atoms), ("output", layer.output), ("pooling", layer.pooling)):
+                if response is not None:
+                    self.register_buffer(f"{name}_{n}", _as_real(response).to(device, kind))
+        self.register_buffer(f"output_{depth}", _as_real(network.output).to(device, kind))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The features of every layer."""
+        rows = as_rows(x, self.size)
+        axes = tuple(range(-len(self.size), 0))
+
+        def response(name: str) -> Tensor | None:
+            buffer = self._buffers.get(name)
+            return None if buffer is None else torch.view_as_complex(buffer.to(rows.dtype).contiguous())
+
+        features = []
+        with without_autocast(x.device.type):
+            if rows.shape[0] == 0:  # there are no transforms of nothing
+                return tuple(
+                    f[:0].reshape(*x.shape[: -len(self.size)], *f.shape[1:]) for f in self(x.new_zeros(1, *self.size))
+                )
+            spectrum = torch.fft.fftn(rows, dim=axes).unsqueeze(-len(axes) - 1)
+            for n in range(self.depth + 1):
+                output, atoms = response(f"output_{n}"), response(f"atoms_{n}")
+                z = torch.fft.ifftn(spectrum * output, dim=axes)
+                features.append(torch.cat([z.real, z.imag], 1) if self.complex else z.real)
+                if atoms is not None:
+                    spectrum = propagate(spectrum, atoms, response(f"pooling_{n}"), self.nonlinearity, self.step)
+        return tuple(as_batch(f, x, len(axes)) for f in features)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        return f"size={self.size}, depth={self.depth}, nonlinearity={self.nonlinearity!r}, step={self.step}"
+
+
+def _is_real(response: Tensor, ndim: int) -> bool:
+    """Whether the filters are real."""
+    kernels = torch.fft.ifftn(response, dim=tuple(range(-ndim, 0)))
+    return bool(kernels.imag.abs().max() <= 1e-12 * kernels.abs().max())
+
+
+def _as_real(response: Tensor) -> Tensor:
+    """Real and imaginary part as the last axis: complex buffers would not follow ``module.to(dtype)``."""
+    return torch.view_as_real(response.to(torch.complex128))

@@ -133,7 +133,9 @@ def ridgelet_wedges(scale: int, wedges: int) -> tuple[int, ...]:
 
 
 def directional_frame(size: Sequence[int], wedges: Sequence[int], shear: bool = False) -> tuple[Tensor, Tensor]:
-    """Radial bands cut into angular windows, with real filters: curvelets, ridgelets or shearlets.
+    """Radial bands cut into angular windows: curvelets, ridgelets or shearlets.
+
+    Filters are real, but for the highest frequency of even sizes, whose sign the grid does not know.
 
     Args:
         size: rows and columns.

@@ -172,8 +172,26 @@ class FrameNetwork:
         features = []
         for layer in self.layers:
             features.append(torch.fft.ifftn(spectrum * layer.output, dim=axes))
-            spectrum = _propagate(spectrum, layer, axes, norm)
+            spectrum = propagate(spectrum, layer.atoms, layer.pooling, layer.nonlinearity, layer.step, norm)
         return [*features, torch.fft.ifftn(spectrum * self.output, dim=axes)]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> FrameNetwork:
+        """The network on a device; complex responses get the complex type of the same precision."""
+        check(dtype.is_floating_point, "dtype", dtype, "must be a real floating type")
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, torch.promote_types(dtype, torch.complex32) if t.is_complex() else dtype)
+
+        layers = tuple(
+            replace(
+                layer,
+                atoms=move(layer.atoms),
+                output=move(layer.output),
+                pooling=None if layer.pooling is None else move(layer.pooling),
+            )
+            for layer in self.layers
+        )
+        return FrameNetwork(layers, move(self.output))
 
     def admissibility(self, constants: str = "tight") -> list[float]:
         """max(B, B·R²·L²) of every layer and of the last output atom; all at most 1: admissible."""
@@ -192,26 +210,39 @@ class FrameNetwork:
         return math.sqrt(square)
 
 
-def _propagate(spectrum: Tensor, layer: FrameLayer, axes: tuple[int, ...], norm: str) -> Tensor:
-    """Spectra of the paths that a layer adds, subsampled as early as the pooling allows."""
-    spectrum = spectrum.unsqueeze(-len(axes) - 1) * layer.atoms
-    even = all(n % layer.step == 0 for n in layer.size)
-    if layer.pooling is None and even:
-        spectrum = _fold(spectrum, layer.step, len(axes))  # commutes with what is done point by point
-    u = NONLINEARITIES[layer.nonlinearity][0](torch.fft.ifftn(spectrum, dim=axes))
-    if layer.pooling is not None:
-        spectrum = torch.fft.fftn(u, dim=axes) * layer.pooling
+def propagate(
+    spectrum: Tensor,
+    atoms: Tensor,
+    pooling: Tensor | None,
+    nonlinearity: str,
+    step: int,
+    norm: str = "none",
+) -> Tensor:
+    """Spectra of the paths that a layer adds, subsampled as early as the pooling allows.
+
+    Shape:
+        spectrum (…, paths, \\*size), atoms (K, \\*size), pooling (\\*size) → (…, paths·K, \\*out size).
+    """
+    size = atoms.shape[1:]
+    axes = tuple(range(-len(size), 0))
+    spectrum = spectrum.unsqueeze(-len(size) - 1) * atoms
+    even = all(n % step == 0 for n in size)
+    if pooling is None and even:
+        spectrum = _fold(spectrum, step, len(axes))  # commutes with what is done point by point
+    u = NONLINEARITIES[nonlinearity][0](torch.fft.ifftn(spectrum, dim=axes))
+    if pooling is not None:
+        spectrum = torch.fft.fftn(u, dim=axes) * pooling
         if even:
-            spectrum = _fold(spectrum, layer.step, len(axes))
+            spectrum = _fold(spectrum, step, len(axes))
         else:
             u = torch.fft.ifftn(spectrum, dim=axes)
     if not even:
-        kept: tuple[Any, ...] = (..., *(slice(None, None, layer.step) for _ in axes))
+        kept: tuple[Any, ...] = (..., *(slice(None, None, step) for _ in axes))
         u = u[kept]
-    if layer.pooling is None or not even:
+    if pooling is None or not even:
         spectrum = torch.fft.fftn(u, dim=axes)
     if norm == "continuous":
-        spectrum = spectrum * layer.step ** (len(axes) / 2)
+        spectrum = spectrum * step ** (len(axes) / 2)
     return spectrum.flatten(-len(axes) - 2, -len(axes) - 1)
 
 

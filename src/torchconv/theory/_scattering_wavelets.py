@@ -160,6 +160,8 @@ def morlet_bank_1d(
     padded = 1 << min(wanted, math.floor(math.log2(3 * length - 2)))
     check(1 << log2_stride <= padded, "scale", scale, f"steps of {1 << log2_stride} samples exceed the padded {padded}")
     first, second = (wavelets_1d(scale, i) for i in both)
+    falls = all(a.xi > b.xi for a in first for b in second if b.j > a.j)
+    check(falls, "q", q, "paths would rise in frequency; take no more wavelets an octave in the second order")
     psi1, psi2 = (
         np.stack([morlet_1d(padded, w.xi, w.sigma) for w in wavelets]) if wavelets else np.zeros((0, padded))
         for wavelets in (first, second)
