@@ -386,3 +386,8 @@ def test_learns_inside_a_network() -> None:
     F.nll_loss(crf(image, net(image.float() / 255)), label).backward()
     assert net.weight.grad is not None
     assert net.weight.grad.abs().max() > 0
+
+
+def test_lattice_says_why_it_cannot_be_exported() -> None:
+    with pytest.raises(Exception, match=r"method='lattice'.*method='exact'"):
+        torch.export.export(DenseCRF(3, iterations=1), (picture(1, 3, 5, 6), noise(1, 3, 5, 6).float()))

@@ -91,6 +91,8 @@ def make_filter(image: Tensor, kernel: GaussianKernel, method: str, max_pairs: i
 
 def lattice_filter(features: Tensor) -> Filter:
     """By the permutohedral lattice; no gradient for the features."""
+    remedy = "its sizes depend on the image, which a graph cannot hold; export with method='exact'"
+    check(not torch.compiler.is_exporting(), "method", "lattice", remedy)
     lattice = Lattice.build(features.detach())
     return lambda v: lattice.filter(v.flatten(0, 1)).view_as(v)
 
