@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
-from torchconv.theory.dkm import GramStructure, arc_cosine, cholesky, divergence, projected
+from torchconv.theory.dkm import GramStructure, arc_cosine, cholesky, divergence, exact, projected
 
 LIKELIHOODS = ("categorical", "gaussian")
 
@@ -221,9 +221,10 @@ class GramLayer(nn.Module):
         if self.term == "kl":
             distance = divergence(root, factor)
         else:
-            ratio = torch.linalg.solve(root.T, torch.linalg.solve(root, g.ii))
+            wide = exact(root)
+            ratio = torch.linalg.solve(wide.T, torch.linalg.solve(wide, exact(g.ii)))
             distance = (ratio - torch.eye(len(ratio)).to(ratio)).square().sum() / 2
-        return GramStructure(ii, ti, t, g.terms - self.dof / 2 * distance)
+        return GramStructure(ii, ti, t, g.terms - (self.dof / 2 * distance).to(g.terms.dtype))
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
@@ -307,8 +308,8 @@ class GPOutput(nn.Module):
         if noise is None:
             noise = torch.randn(self.mc_samples, len(g.t), outputs, dtype=g.t.dtype, device=g.t.device)
         samples = b @ self.mu + variance.clamp(min=0).sqrt()[:, None] * noise
-        means = torch.linalg.solve_triangular(factor, self.mu, upper=False).square().sum()
-        term = -(outputs * divergence(root, factor) + means) / 2
+        means = torch.linalg.solve_triangular(factor, self.mu.to(factor.dtype), upper=False).square().sum()
+        term = (-(outputs * divergence(root, factor) + means) / 2).to(g.terms.dtype)
         return samples, g.terms + (term / outputs if self.tempered else term)
 
 

@@ -46,28 +46,32 @@ class GramStructure:
         return replace(self, **changes)
 
 
+def exact(matrix: Tensor) -> Tensor:
+    """In float64, where the device has it: P × P matrices are few, and their factors need the digits."""
+    return matrix.float() if matrix.device.type == "mps" else matrix.double()
+
+
 def cholesky(matrix: Tensor, what: str = "the Gram matrix") -> Tensor:
-    """The lower factor, computed in float64 whatever the type, which it keeps.
+    """The lower factor, in float64.
 
     Raises:
         ValueError: the matrix is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(matrix.double())
+    factor, info = torch.linalg.cholesky_ex(exact(matrix))
     if int(info.max()):
         remedy = "use fewer inducing points than the layer before has (times the taps), or more jitter"
         raise ValueError(f"{what} of size {matrix.shape[-1]} is not positive definite: {remedy}")
-    return factor.to(matrix.dtype)
+    return factor
 
 
 def projected(factor: Tensor, ti: Tensor) -> Tensor:
-    """K_ti K_ii⁻¹ from the Cholesky factor of K_ii."""
-    flat = ti.reshape(-1, ti.shape[-1])
-    return torch.cholesky_solve(flat.T, factor).T.reshape(ti.shape)
+    """K_ti K_ii⁻¹ from the Cholesky factor of K_ii, in the type of K_ti."""
+    return ti @ torch.cholesky_inverse(factor).to(ti.dtype)
 
 
 def divergence(g_root: Tensor, k_factor: Tensor) -> Tensor:
     """KL of N(0, R Rᵀ) from N(0, L Lᵀ), twice: tr K⁻¹G − log det K⁻¹G − P, for a square R and a Cholesky factor L."""
-    white = torch.linalg.solve_triangular(k_factor, g_root, upper=False)
+    white = torch.linalg.solve_triangular(k_factor, g_root.to(k_factor.dtype), upper=False)
     return white.square().sum() - 2 * torch.linalg.slogdet(white)[1] - len(white)
 
 
@@ -78,7 +82,7 @@ def gaussian_kl(g: Tensor, k: Tensor) -> Tensor:
         >>> float(gaussian_kl(torch.eye(3), torch.eye(3)))
         0.0
     """
-    return divergence(cholesky(g), cholesky(k)) / 2
+    return (divergence(cholesky(g), cholesky(k)) / 2).to(g.dtype)
 
 
 def arc_cosine(dot: Tensor, product: Tensor) -> Tensor:
@@ -118,9 +122,9 @@ def apply_kernel(gram: Tensor, kernel: str = "relu") -> Tensor:
 def log_likelihood(y: Tensor, covariance: Tensor) -> Tensor:
     """Σ_j log N(y_j; 0, covariance) over the columns of y."""
     factor = cholesky(covariance, "the covariance")
-    white = torch.linalg.solve_triangular(factor, y, upper=False)
+    white = torch.linalg.solve_triangular(factor, y.to(factor.dtype), upper=False)
     constant = len(y) * math.log(2 * math.pi) / 2 + factor.diagonal().log().sum()
-    return -white.square().sum() / 2 - y.shape[1] * constant
+    return (-white.square().sum() / 2 - y.shape[1] * constant).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def full_objective(
         root = factor.tril()
         terms.append(divergence(root, cholesky(apply_kernel(gram, kernel) + jitter * eye)) / 2)
         gram = root @ root.T
-    kl = torch.stack(terms)
+    kl = torch.stack(terms).to(x.dtype)
     likelihood = log_likelihood(y, apply_kernel(gram, kernel) + (jitter + noise_var) * eye)
     return Objective(likelihood - (kl * torch.as_tensor(nu).to(kl)).sum(), likelihood, kl)
 
@@ -234,7 +238,7 @@ class FullDKM:
         factors = []
         for _ in self.nu:
             gram = apply_kernel(gram, self.kernel) + self.jitter * eye
-            factors.append(cholesky(gram))
+            factors.append(cholesky(gram).to(x.dtype))
         return factors
 
     def objective(self, x: Tensor, y: Tensor, factors: Sequence[Tensor]) -> Objective:

@@ -1,4 +1,4 @@
-"""Theory: kernels of wide networks, sparse codes."""
+"""Theory: kernels of wide networks, sparse codes, learned Gram matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchconv.bench.cases import Case, Place, case, installed
+from torchconv.ops.dkm import GramLayer
 from torchconv.theory.csc import cbpdn, constrained
+from torchconv.theory.dkm import GramStructure
 from torchconv.theory.ntk import myrtle, nngp_ntk
 
 
@@ -86,6 +88,29 @@ def _sporco(dictionary: Tensor, image: Tensor) -> Tensor:
     options = {"MaxMainIter": 20, "RelStopTol": 0.0, "rho": 3.0, "AutoRho": {"Enabled": False}}
     problem = solver(dictionary.movedim(0, -1).numpy(), image.numpy(), 0.05, solver.Options(options))
     return torch.from_numpy(problem.solve().squeeze()).movedim(-1, 0)
+
+
+@case("gram-layer")
+def gram_matrices(place: Place) -> Iterator[Case]:
+    """A learned Gram matrix and its term of the objective, against inverses and determinants as in the formulas."""
+    for inducing, data in ((64, 1024), (256, 8192)):
+        layer = place.put(GramLayer(inducing, 1.0))
+        x, z = place.randn(data, 32), place.randn(inducing, 32)
+        kernel = (x @ z.T / 32).exp(), (z @ z.T / 32).exp() + torch.eye(inducing).to(x), (x.square().sum(1) / 32).exp()
+        layer(GramStructure(kernel[1], kernel[0], kernel[2], x.new_zeros(())))
+
+        def ours(ti: Tensor, ii: Tensor, t: Tensor, layer: GramLayer = layer) -> Tensor:
+            found = layer(GramStructure(ii, ti, t, t.new_zeros(())))
+            return found.terms + found.ti.sum() + found.t.sum()
+
+        def eager(ti: Tensor, ii: Tensor, t: Tensor, layer: GramLayer = layer) -> Tensor:
+            gram, inverse = layer.V @ layer.V.T / len(ii) * layer.latent_Gscale.exp(), torch.linalg.inv(ii)
+            a = ti @ inverse
+            own = t + (a @ gram * a).sum(1) - (a * ti).sum(1)
+            distance = (inverse @ gram).trace() + torch.logdet(ii) - torch.logdet(gram) - len(ii)
+            return (a @ gram).sum() + own.sum() - distance / 2
+
+        yield Case(f"P={inducing} N={data}", ours, kernel, eager, params=tuple(layer.parameters()), flops=0)
 
 
 def _taps(k: Tensor) -> Tensor:
