@@ -19,15 +19,14 @@ With e_q = n_q·d and e_k = n_k·d: 2E(e_q + e_k) + (e_q + e_k)(t0 + d·t1 + 2) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.ops.cca_decoding import CCACache, compressed_attention, visible
 from torchconv.ops.cca_mixing import (
     causal_pair,
     head_norm,
@@ -40,82 +39,48 @@ from torchconv.ops.cca_mixing import (
 )
 
 Rotary = tuple[Tensor, Tensor]
+# Names in the first checkpoints and in an interim form of them.
+_RENAMED = (
+    ("qkv.temp", "qk_norm.temp"),
+    ("temp", "qk_norm.temp"),
+    ("qkv.conv_qk.0.", "qkv_proj.conv_qk_depthwise."),
+    ("qkv.conv_qk.1.", "qkv_proj.conv_qk_grouped."),
+    ("qkv.", "qkv_proj."),
+    ("qkv_proj.linear_q.", "qkv_proj.q_proj."),
+    ("qkv_proj.linear_k.", "qkv_proj.k_proj."),
+    ("qkv_proj.val_proj1.", "qkv_proj.v_proj_current."),
+    ("qkv_proj.val_proj2.", "qkv_proj.v_proj_delayed."),
+)
 
 
-@dataclass
-class CCACache:
-    """What the tokens so far leave behind, for decoding in steps; empty at the start, replaced by every call.
-
-    Its tensors are never written to: ``copy.copy(cache)`` is a snapshot to go back to (speculative decoding).
-
-    Attributes:
-        key: (B, n_k, T, d) after normalisation and rotation.
-        value: (B, n_k, T, d).
-        conv: (B, t0 + t1 − 2, e_q + e_k), the last queries and keys before the convolutions, oldest first.
-        delayed: (B, 1, e_k / 2), the half of the last token's value that the next one takes.
-        real: (B, T) bool, False at padding; None where there is none.
-    """
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    conv: Tensor | None = None
-    delayed: Tensor | None = None
-    real: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens so far."""
-        return 0 if self.key is None else self.key.shape[2]
-
-    def append(self, key: Tensor, value: Tensor, real: Tensor | None) -> None:
-        """Take in the keys and values of new tokens."""
-        if real is not None or self.real is not None:
-            old = self.real if self.real is not None else key.new_ones(len(key), self.length, dtype=torch.bool)
-            new = real if real is not None else key.new_ones(len(key), key.shape[2], dtype=torch.bool)
-            self.real = torch.cat([old, new], 1)
-        self.key = key if self.key is None else torch.cat([self.key, key], 2)
-        self.value = value if self.value is None else torch.cat([self.value, value], 2)
-
-
-def visible(queries: int, keys: int, real: Tensor | None, device: Any = None) -> Tensor:
-    """Which keys the last ``queries`` of ``keys`` tokens see: those not after them that are no padding, and themselves.
+def convert_official(state: dict[str, Tensor], block: int = 0) -> dict[str, Tensor]:
+    """The attention of one block of a ZAYA checkpoint, named as in :class:`CCA`.
 
     Args:
-        queries, keys: how many.
-        real: (B, keys) bool, False at padding, or None.
-        device: where to make it.
+        state: the model's state, of transformers' ``zaya`` or of the authors, who number attention and experts in turn
+            (block 3 is their layer 6).
+        block: which.
 
-    Shape:
-        → (queries, keys), or (B, 1, queries, keys) with ``real``.
+    Raises:
+        ValueError: the state has no such block.
 
     Example:
-        >>> visible(2, 3, None)
-        tensor([[ True,  True, False],
-                [ True,  True,  True]])
+        >>> list(convert_official({"model.layers.6.self_attn.qkv.val_proj2.weight": torch.zeros(2, 4)}, block=3))
+        ['qkv_proj.v_proj_delayed.weight']
     """
-    column, row = torch.arange(keys, device=device), torch.arange(keys - queries, keys, device=device)[:, None]
-    if real is None:
-        return column <= row
-    # Padding sees itself, so that no row is empty, which not every kernel of softmax survives.
-    return ((column <= row) & real[:, None, None]) | (column == row)
-
-
-def compressed_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-    """Causal attention of the last queries to all keys, query head i with key head i // (n_q / n_k).
-
-    Args:
-        q: queries; as many as keys, or the last of them.
-        k, v: keys and values.
-        real: (B, T) bool, False at padding, or None.
-
-    Shape:
-        q (B, n_q, S, d), k and v (B, n_k, T, d), S ≤ T → (B, n_q, S, d).
-    """
-    queries, keys, share = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    if real is None and queries in (1, keys):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=share)
-    mask = visible(queries, keys, real, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=share)
+    original = any(".self_attn.qkv." in name for name in state)
+    prefix = f"model.layers.{2 * block if original else block}.self_attn."
+    found: dict[str, Tensor] = {}
+    for full, tensor in state.items():
+        name = full.removeprefix(prefix)
+        if name == full:
+            continue
+        for old, new in _RENAMED:
+            if name == old or (old.endswith(".") and name.startswith(old)):
+                name = new + name.removeprefix(old)
+        found[name] = tensor
+    check(bool(found), "block", block, f"the state has no {prefix}*")
+    return found
 
 
 class CCAProjection(nn.Module):
@@ -199,7 +164,8 @@ class CCA(nn.Module):
         time0, time1: taps of the depthwise and of the grouped convolution; ``time0`` 0 leaves the depthwise one out,
             as :meth:`merge` does.
         rotary: the share of a head's features that turn with the position, 0 to 1.
-        theta: base of the turns' wavelengths; ZAYA1 has 5,000,000, and 10,000 in layers with a window.
+        theta: base of the turns' wavelengths.
+        window: how many tokens back each one looks at most, itself included; unset is all.
         bias: biases in the linear maps; the convolutions always have them.
 
     Shape:
@@ -232,6 +198,7 @@ class CCA(nn.Module):
         time1: int = 2,
         rotary: float = 0.5,
         theta: float = 5e6,
+        window: int | None = None,
         bias: bool = False,
         device: Any = None,
         dtype: Any = None,
@@ -252,8 +219,10 @@ class CCA(nn.Module):
         fits = rotary_width(head_dim, rotary) <= head_dim
         check(fits, "rotary", rotary, f"features turn in pairs, which do not fit in head_dim={head_dim}; take less")
         check(theta > 0, "theta", theta, "must be positive")
+        check(window is None or window >= 1, "window", window, "must be at least 1, the token itself, or None for all")
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
-        self.time0, self.time1, self.rotary, self.theta, self.bias = time0, time1, rotary, theta, bias
+        self.time0, self.time1, self.rotary, self.theta = time0, time1, rotary, theta
+        self.window, self.bias = window, bias
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.qkv_proj = CCAProjection(embed_dim, num_heads, num_kv_heads, head_dim, time0, time1, **options)
         self.qk_norm = CCANorm(num_kv_heads, device, dtype)
@@ -268,7 +237,7 @@ class CCA(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before the normalisation: (B, S, n_q, d) and twice (B, S, n_k, d)."""
         if padding_mask is not None:
-            x = x * padding_mask.unsqueeze(2).to(x.dtype)
+            x = x.masked_fill(~padding_mask.bool().unsqueeze(2), 0.0)
         q, k, v = self.qkv_proj(x, cache)
         return q, k, v
 
@@ -286,7 +255,7 @@ class CCA(nn.Module):
         q, k, _ = self.mixed(x, padding_mask)
         q, k = self._turned(q, k, 0, rotary)
         logits = q @ k.repeat_interleave(self.num_heads // self.num_kv_heads, 1).transpose(2, 3) / self.head_dim**0.5
-        seen = visible(x.shape[1], x.shape[1], None, x.device)
+        seen = visible(x.shape[1], x.shape[1], None, self.window, x.device)
         if padding_mask is not None:
             seen = seen & padding_mask.bool()[:, None, None]
         return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
@@ -320,8 +289,8 @@ class CCA(nn.Module):
         if cache is not None:
             cache.append(k, v, real)
             k, v, seen = cache.key, cache.value, cache.real  # type: ignore[assignment]
-        y = self.o_proj(compressed_attention(q, k, v, seen).transpose(1, 2).flatten(2))
-        out: Tensor = y if real is None else y * real.unsqueeze(2).to(y.dtype)
+        y = self.o_proj(compressed_attention(q, k, v, seen, self.window).transpose(1, 2).flatten(2))
+        out: Tensor = y if real is None else y.masked_fill(~real.unsqueeze(2), 0.0)
         return out
 
     def _check(self, x: Tensor, padding_mask: Tensor | None, cache: CCACache | None) -> None:
@@ -349,6 +318,7 @@ class CCA(nn.Module):
             time1=self.qkv_proj.before + 1,
             rotary=self.rotary,
             theta=self.theta,
+            window=self.window,
             bias=self.bias,
             device=self.o_proj.weight.device,
             dtype=self.o_proj.weight.dtype,
@@ -370,5 +340,5 @@ class CCA(nn.Module):
         return (
             f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, time0={self.time0}, time1={self.time1}, rotary={self.rotary}, "
-            f"theta={self.theta:g}"
+            f"theta={self.theta:g}, window={self.window}"
         )
