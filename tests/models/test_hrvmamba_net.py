@@ -256,6 +256,32 @@ def test_parity_of_other_networks(local: bool) -> None:
     assert all(t.passed for t in run_case(case))
 
 
+def test_parity_of_poses() -> None:
+    net = randomise(HRVMambaPose(3, **TWO)).double().eval()
+    x = torch.randn(1, 3, 20, 12, dtype=torch.float64)
+    y = net(x)
+    names = ("backbone.layer1.0.conv1.weight", "final_layer.bias")
+    grads = torch.autograd.grad(y.sum(), [dict(net.named_parameters())[n] for n in names])
+    state = theirs(net.backbone, "backbone.") | {
+        f"keypoint_head.{n}": t for n, t in net.state_dict().items() if n.startswith("final_layer")
+    }
+    case = Case(
+        "hrvmamba",
+        "made",
+        {},
+        "",
+        "eval",
+        "",
+        None,
+        None,
+        state,
+        {"x": x, "cotangent": torch.ones_like(y)},
+        {"y": y.detach()},
+        dict(zip((names[0], f"keypoint_head.{names[1]}"), grads, strict=True)),
+    )
+    assert all(t.passed for t in run_case(case))
+
+
 def test_heatmaps_by_loops() -> None:
     points = torch.tensor([[[9.0, 21.0], [-3.0, 2.0], [58.0, 1.0], [200.0, 3.0]]])
     maps, weights = keypoint_heatmaps(points, (11, 15), (4.0, 5.0), 1.0, torch.tensor([[1.0, 1.0, 0.0, 1.0]]))

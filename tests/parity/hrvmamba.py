@@ -11,6 +11,8 @@ from tests.parity.core import Adapted, Case
 from torchconv.kernels import selective_scan
 from torchconv.models.classify.hrvmamba import HRVMamba, convert_name, convert_official, read_official
 from torchconv.models.classify.hrvmamba_block import DVSSBlock, HRModule
+from torchconv.models.detect.hrvmamba import HRVMambaPose
+from torchconv.models.detect.hrvmamba import convert_official as convert_pose
 from torchconv.ops.hrvmamba_dcn import dcnv4
 from torchconv.ops.hrvmamba_scan import SelectiveScan2d, cross_merge, cross_scan
 
@@ -138,28 +140,31 @@ def _named(case: Case, ys: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _network(case: Case) -> Adapted:
-    state = convert_official(case.state)
+    posed = any(n.endswith("head.final_layer.weight") for n in case.state)
+    convert = convert_pose if posed else convert_official
+    state = {n.removeprefix("backbone."): t for n, t in convert(case.state).items()}
     places = _places(state, "stage")
     last = max(s for s, *_ in places)
     stages = range(2, last + 1)
-    modules = [1 + max(m for s, m, _, _ in places if s == stage) for stage in stages]
-    blocks = [
-        [1 + max(n for s, _, b, n in places if (s, b) == (stage, branch)) for branch in range(stage)]
-        for stage in stages
-    ]
-    found = read_official(state)
-    network = HRVMamba(
-        in_chans=state["conv1.weight"].shape[1],
-        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
-        channels=[_channels(state, f"stage{last}.0.branches.{b}.0.") for b in range(last)],
-        stage1_channels=state["layer1.0.conv1.weight"].shape[0],
-        stage1_blocks=1 + max(int(n.split(".")[1]) for n in state if n.startswith("layer1.")),
-        modules=modules,
-        blocks=blocks,
-        stem_channels=state["conv1.weight"].shape[0],
-        **found,
+    options: dict[str, Any] = {
+        "in_chans": state["conv1.weight"].shape[1],
+        "channels": [_channels(state, f"stage{last}.0.branches.{b}.0.") for b in range(last)],
+        "stage1_channels": state["layer1.0.conv1.weight"].shape[0],
+        "stage1_blocks": 1 + max(int(n.split(".")[1]) for n in state if n.startswith("layer1.")),
+        "modules": [1 + max(m for s, m, _, _ in places if s == stage) for stage in stages],
+        "blocks": [
+            [1 + max(n for s, _, b, n in places if (s, b) == (stage, branch)) for branch in range(stage)]
+            for stage in stages
+        ],
+        "stem_channels": state["conv1.weight"].shape[0],
+        **read_official(state),
         **_options(case.config, state),
-    )
+    }
+    if posed:
+        pose = _as_stored(case, HRVMambaPose(state["final_layer.weight"].shape[0], **options))
+        name = next(iter(case.outputs))
+        return Adapted(lambda inputs: {name: pose(_image(inputs))}, pose, convert, names=_pose_name)
+    network = HRVMamba(num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0, **options)
 
     def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if not network.dense and "y0" not in case.outputs:
@@ -167,4 +172,8 @@ def _network(case: Case) -> Adapted:
             return {name: network(_image(inputs))}
         return _named(case, network.forward_maps(_image(inputs)))
 
-    return Adapted(forward, _as_stored(case, network), convert_official, names=convert_name)
+    return Adapted(forward, _as_stored(case, network), convert, names=convert_name)
+
+
+def _pose_name(name: str) -> str:
+    return re.sub(r"^.*head\.final_layer", "final_layer", name)
