@@ -115,3 +115,20 @@ def test_rule_of_the_comparison() -> None:
     assert compare("a", zero + 9e-7, zero, 1e-4, 1.0).passed
     assert not compare("a", zero + 9e-6, zero, 1e-4, 1.0).passed
     assert not compare("a", zero * float("nan"), zero, 1e-4, 1.0).passed
+
+
+def test_numbers_that_are_none_are_compared_by_place() -> None:
+    expected = torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])
+    assert compare("x", expected.clone(), expected, 1e-4, 1.0).passed
+    assert compare("x", expected + torch.tensor([1e-6, 0, 0, 0]), expected, 1e-4, 1.0).passed
+    for wrong in ([float("nan"), float("nan")], [2.0, float("inf")], [float("inf"), float("nan")], [2.0, 1.0]):
+        assert not compare("x", torch.tensor(wrong), torch.tensor([2.0, float("nan")]), 1e-4, 1.0).passed
+
+
+def test_half_precision_is_run_in_half_precision(tmp_path: Path) -> None:
+    def halved(tensors: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
+        tensors.update({name: t.bfloat16() for name, t in tensors.items()})
+        meta["rtol"] = meta["grad_rtol"] = "0.03"
+
+    report = run_file(rewrite(tmp_path / "eca" / "half.safetensors", halved))
+    assert report.passed, report

@@ -7,6 +7,7 @@ The adapter of a method, ``tests/parity/KEY.py``, has one function ``adapt(case)
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -53,7 +54,7 @@ class Case:
         """The floating type in which the numbers were computed."""
         tensors = (*self.inputs.values(), *self.state.values(), *self.outputs.values())
         found = [t.dtype for t in tensors if t.is_floating_point()]
-        return torch.float64 if torch.float64 in found else torch.float32
+        return functools.reduce(torch.promote_types, found) if found else torch.float32
 
 
 @dataclass
@@ -224,22 +225,31 @@ def _gradients(
 
 
 def compare(name: str, ours: Tensor, expected: Tensor, rtol: float, scale: float) -> Comparison:
-    """max|ours − expected| ≤ rtol · max|expected| + 1e-6 · scale, scale the largest value among tensors of the kind."""
+    """max|ours − expected| ≤ rtol · max|expected| + 1e-6 · scale, scale the largest value among tensors of the kind.
+
+    NaN and infinities must stand where they are expected; the other values are compared.
+    """
     if ours.shape != expected.shape:
         raise ParityError(f"{name}: shape {tuple(ours.shape)}, expected {tuple(expected.shape)}")
     if expected.numel() == 0:
         return Comparison(name, 0.0, 0.0, True)
-    difference = (ours.detach().double() - expected.double()).abs()
-    max_abs, largest = float(difference.max()), float(expected.double().abs().max())
+    found, wanted = ours.detach().double(), expected.double()
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    max_abs, largest = float(torch.where(same, 0.0, found - wanted).abs().max()), _largest(wanted)
     passed = max_abs <= rtol * largest + 1e-6 * scale
     return Comparison(name, max_abs, max_abs / largest if largest else max_abs, passed)
+
+
+def _largest(t: Tensor) -> float:
+    finite = t.double().abs()
+    return float(torch.where(finite.isfinite(), finite, 0.0).max())
 
 
 def _compare_all(kind: str, ours: Mapping[str, Tensor], expected: dict[str, Tensor], rtol: float) -> list[Comparison]:
     missing = [n for n in expected if n not in ours]
     if missing:
         raise ParityError(f"not computed: {', '.join(f'{kind}.{n}' for n in missing)}")
-    values = [float(t.double().abs().max()) for t in expected.values() if t.numel()]
+    values = [_largest(t) for t in expected.values() if t.numel()]
     scale = max(values, default=0.0)
     return [compare(f"{kind}.{n}", ours[n], e, rtol, scale) for n, e in expected.items()]
 

@@ -26,6 +26,7 @@ def run(budget: str, progress: Progress) -> Evidence:
     import torch
 
     from torchconv.analysis.count import count
+    from torchconv.models.restore.scores import psnr
 
     seeds, steps = (1, 1200) if budget == "quick" else (3, 6000)
     left, right = _halves()
@@ -33,12 +34,12 @@ def run(budget: str, progress: Progress) -> Evidence:
     low = _shrink(tiles)
     macs = {name: count(_network(name).eval(), low[:1]).macs for name in _NAMES}
     spent = {name: round(steps * macs["espcn"] / macs[name]) for name in _NAMES}
-    found: dict[str, Any] = {"bicubic": _psnr(_enlarge(low), tiles)}
+    found: dict[str, Any] = {"bicubic": psnr(_enlarge(low), tiles, FACTOR)}
     for seed in range(seeds):
         for name in _NAMES:
             net = _train(name, left, seed, spent[name])
             with torch.no_grad():
-                score = _psnr(net(low), tiles)
+                score = psnr(net(low), tiles, FACTOR)
             found[name] = found.get(name, 0) + score / seeds
             progress(f"seed {seed}: {name} {float(score.mean()):.2f} dB, bicubic {float(found['bicubic'].mean()):.2f}")
     gain = found["espcn"] - found["upscaled first"]
@@ -99,12 +100,6 @@ def _enlarge(x: Any) -> Any:
     size = tuple(n * FACTOR for n in x.shape[2:])
     # Antialiasing changes nothing but the cubic's parameter when enlarging: -0.5, the usual one.
     return F.interpolate(x, size=size, mode="bicubic", antialias=True)
-
-
-def _psnr(y: Any, target: Any) -> Any:
-    """PSNR of each tile, with the border of one low-resolution pixel left out."""
-    inside = (..., slice(FACTOR, -FACTOR), slice(FACTOR, -FACTOR))
-    return -10 * (y - target)[inside].square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
 def _network(name: str) -> Any:

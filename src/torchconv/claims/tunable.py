@@ -27,6 +27,8 @@ def run(budget: str, progress: Progress) -> Evidence:
     """Train a tunable network and one plain network a setting, on the same data, and compare on test images."""
     import torch
 
+    from torchconv.models.restore.scores import psnr
+
     seeds, steps = (2, 400) if budget == "quick" else (5, 1500)
     clean, test = _digits()
     noise = NOISE * torch.randn(test.shape, generator=torch.Generator().manual_seed(99))
@@ -47,7 +49,7 @@ def run(budget: str, progress: Progress) -> Evidence:
             with torch.no_grad():
                 theirs = plain.merge(omega)(test + noise)
             target = setting * test + (1 - setting) * (test + noise)
-            gaps.append(_image_psnr(ours, target) - _image_psnr(theirs, target))
+            gaps.append(psnr(ours, target) - psnr(theirs, target))
             fixed.append(_psnr(theirs, test))
         curves.append(curve)
         fixed_curves.append(fixed)
@@ -150,10 +152,6 @@ def _train(clean: Any, seed: int, steps: int, omega: Any) -> Any:
         return multi_loss(losses, drawn if omega is None else omega)
 
     return train(net, loss, steps=steps, lr=1e-2, weight_decay=0.0)
-
-
-def _image_psnr(ours: Any, target: Any) -> Any:
-    return -10 * (ours - target).square().mean((1, 2, 3)).log10()
 
 
 def _psnr(ours: Any, target: Any) -> float:
