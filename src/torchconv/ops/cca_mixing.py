@@ -142,11 +142,11 @@ def rotary_width(head_dim: int, share: float) -> int:
 
 
 def rotary_table(
-    start: int, length: int, head_dim: int, share: float, theta: float, like: Tensor
+    start: int, length: int, head_dim: int, share: float, theta: float, like: Tensor, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions ``start`` to ``start + length − 1``.
 
-    Feature i and i + r/2 turn together by position · θ^(−2i / int(head_dim · share)).
+    Feature i and i + r/2 turn together by position / factor · θ^(−2i / int(head_dim · share)).
 
     Shape:
         → two of (length, r), r from :func:`rotary_width`, of ``like``'s device in float32 or float64.
@@ -154,7 +154,7 @@ def rotary_table(
     dtype, turning = wide_dtype(like.dtype), int(head_dim * share)
     rates = theta ** -(torch.arange(0, turning, 2, device=like.device, dtype=dtype) / max(turning, 1))
     positions = torch.arange(start, start + length, device=like.device, dtype=dtype)
-    angles = torch.outer(positions, rates)
+    angles = torch.outer(positions / factor, rates)
     angles = torch.cat([angles, angles], 1)
     return angles.cos(), angles.sin()
 
