@@ -40,12 +40,12 @@ def anova_scores(features: Array, labels: Array, decimals: int | None = None) ->
     from sklearn.feature_selection import f_classif
 
     _check(features, labels)
-    scores = np.full(features.shape[1], -1.0)
-    varies = np.ptp(features, axis=0) > 0
+    scores = np.where(np.ptp(features, axis=0) > 0, 0.0, -1.0)
+    rounded = features if decimals is None else np.round(features, decimals)
+    varies = np.ptp(rounded, axis=0) > 0
     if varies.any():
-        kept = features[:, varies] if decimals is None else np.round(features[:, varies], decimals)
         with np.errstate(all="ignore"):
-            found = np.nan_to_num(f_classif(kept, labels)[0], nan=0.0, posinf=0.0, neginf=0.0)
+            found = np.nan_to_num(f_classif(rounded[:, varies], labels)[0], nan=0.0, posinf=0.0, neginf=0.0)
         scores[varies] = np.maximum(found, 0.0)  # round-off can make it negative
     return scores
 
