@@ -111,6 +111,60 @@ class ChannelAttention(nn.Module):
         return x * torch.sigmoid(self.fc(x.mean((1, 2), keepdim=True)))
 
 
+class FourScans(nn.Module):
+    """The parameters of four selective scans, with the names of VMamba's checkpoints, and the scans of a map."""
+
+    def _add_scans(self, inner: int, states: int, rank: int, directions: str, backend: str, **options: Any) -> None:
+        check_choice("directions", directions, DIRECTIONS)
+        check_choice("backend", backend, BACKENDS)
+        self.inner, self.states, self.rank = inner, states, rank
+        self.directions, self.backend = directions, backend
+        self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * states, inner, **options))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank, **options))
+        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner, **options))
+        self.A_logs = nn.Parameter(torch.empty(4 * inner, states, **options))
+        self.Ds = nn.Parameter(torch.empty(4 * inner, **options))
+
+    def _reset_scans(self) -> None:
+        """Mamba's: rates −1 … −n, steps drawn log-uniformly from 10⁻³ to 10⁻¹, D = 1."""
+        bound = 1 / math.sqrt(self.inner)
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        bound = 1 / math.sqrt(self.rank)
+        nn.init.uniform_(self.dt_projs_weight, -bound, bound)
+        with torch.no_grad():
+            low, high = math.log(1e-3), math.log(1e-1)
+            step = torch.empty_like(self.dt_projs_bias).uniform_(low, high).exp_().clamp_(min=1e-4)
+            self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            rates = torch.arange(1, self.states + 1, device=self.A_logs.device, dtype=self.A_logs.dtype)
+            self.A_logs.copy_(rates.log().expand_as(self.A_logs))
+            self.Ds.fill_(1.0)
+
+    def param_options(self) -> dict[str, dict[str, float]]:
+        """Rates and the direct path are not decayed."""
+        return {"A_logs": {"weight_decay": 0.0}, "Ds": {"weight_decay": 0.0}}
+
+    def scan(self, h: Tensor) -> Tensor:
+        """The four scans of (N, inner, H, W), added: (N, inner, H·W)."""
+        xs = cross_scan(h, self.directions)
+        dt, b, c = torch.einsum("nkdl,kcd->nkcl", xs, self.x_proj_weight).split(
+            (self.rank, self.states, self.states), 2
+        )
+        steps = torch.einsum("nkrl,kdr->nkdl", dt, self.dt_projs_weight)
+        wide = torch.promote_types(self.A_logs.dtype, torch.float32)
+        y = selective_scan(
+            xs.flatten(1, 2),
+            steps.flatten(1, 2),
+            -torch.exp(self.A_logs.to(wide)),
+            b,
+            c,
+            self.Ds,
+            delta_bias=self.dt_projs_bias.flatten(),
+            delta_softplus=True,
+            backend=self.backend,
+        )
+        return cross_merge(y.unflatten(1, (4, self.inner)), (h.shape[2], h.shape[3]), self.directions)
+
+
 @part(
     "ss2d",
     paper="hrvmamba",
@@ -122,7 +176,7 @@ class ChannelAttention(nn.Module):
     conv={"kernel_size": 3},
     keywords="SS2D selective scan Mamba VMamba state space four directions global linear time HRVMamba deformable",
 )
-class SelectiveScan2d(nn.Module):
+class SelectiveScan2d(FourScans):
     """Four selective scans over the map, between linear maps, with a deformable sampling before them.
 
     Args:
@@ -185,16 +239,12 @@ class SelectiveScan2d(nn.Module):
         check(groups == 1, "groups", groups, "SS2D's linear maps mix all channels; leave groups at 1")
         check_unit("stride", stride, 2, "SS2D", "follow it with a strided convolution")
         check_unit("dilation", dilation, 2, "SS2D", "it sees the whole map anyway")
-        check_choice("directions", directions, DIRECTIONS)
-        check_choice("backend", backend, BACKENDS)
         check(0 < ratio < math.inf, "ratio", ratio, "must be a positive number")
         inner = int(ratio * in_channels)
         check(inner >= 1, "ratio", ratio, "leaves no inner channel")
         rank = math.ceil(in_channels / 16) if rank is None else rank
         check_positive("rank", rank)
-        self.in_channels, self.out_channels, self.inner = in_channels, out_channels, inner
-        self.states, self.rank, self.gated = states, rank, gated
-        self.directions, self.backend = directions, backend
+        self.in_channels, self.out_channels, self.gated = in_channels, out_channels, gated
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         if head_kernel == "auto":
             head_kernel = 3 if in_channels % 80 == 0 else None
@@ -212,11 +262,7 @@ class SelectiveScan2d(nn.Module):
             **options,
         )
         check_same(padding, self.conv2d.kernel_size, "SS2D")
-        self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * states, inner, **options))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank, **options))
-        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner, **options))
-        self.A_logs = nn.Parameter(torch.empty(4 * inner, states, **options))
-        self.Ds = nn.Parameter(torch.empty(4 * inner, **options))
+        self._add_scans(inner, states, rank, directions, backend, **options)
         self.out_norm = nn.LayerNorm(inner, **options)
         self.se = ChannelAttention(inner, **options) if attention else None
         self.out_proj = Pointwise(inner, out_channels, bias=bias, **options)
@@ -230,42 +276,7 @@ class SelectiveScan2d(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.conv2d.reset_parameters()
         self.out_norm.reset_parameters()
-        bound = 1 / math.sqrt(self.inner)
-        nn.init.uniform_(self.x_proj_weight, -bound, bound)
-        bound = 1 / math.sqrt(self.rank)
-        nn.init.uniform_(self.dt_projs_weight, -bound, bound)
-        with torch.no_grad():
-            low, high = math.log(1e-3), math.log(1e-1)
-            step = torch.empty_like(self.dt_projs_bias).uniform_(low, high).exp_().clamp_(min=1e-4)
-            self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-            rates = torch.arange(1, self.states + 1, device=self.A_logs.device, dtype=self.A_logs.dtype)
-            self.A_logs.copy_(rates.log().expand_as(self.A_logs))
-            self.Ds.fill_(1.0)
-
-    def param_options(self) -> dict[str, dict[str, float]]:
-        """Rates and the direct path are not decayed."""
-        return {"A_logs": {"weight_decay": 0.0}, "Ds": {"weight_decay": 0.0}}
-
-    def scan(self, h: Tensor) -> Tensor:
-        """The four scans of (N, inner, H, W), added: (N, inner, H·W)."""
-        xs = cross_scan(h, self.directions)
-        dt, b, c = torch.einsum("nkdl,kcd->nkcl", xs, self.x_proj_weight).split(
-            (self.rank, self.states, self.states), 2
-        )
-        steps = torch.einsum("nkrl,kdr->nkdl", dt, self.dt_projs_weight)
-        wide = torch.promote_types(self.A_logs.dtype, torch.float32)
-        y = selective_scan(
-            xs.flatten(1, 2),
-            steps.flatten(1, 2),
-            -torch.exp(self.A_logs.to(wide)),
-            b,
-            c,
-            self.Ds,
-            delta_bias=self.dt_projs_bias.flatten(),
-            delta_softplus=True,
-            backend=self.backend,
-        )
-        return cross_merge(y.unflatten(1, (4, self.inner)), (h.shape[2], h.shape[3]), self.directions)
+        self._reset_scans()
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix ``x``."""
