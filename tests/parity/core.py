@@ -135,8 +135,8 @@ def read_case(path: Path, key: str | None = None) -> Case:
         raise ParityError(f"unreadable: {error}") from None
     if not isinstance(config, dict):
         raise ParityError("metadata config is not a JSON object")
-    if not groups["output"]:
-        raise ParityError("holds no output.* tensor")
+    if not groups["output"] and not groups["grad"]:
+        raise ParityError("holds no output.* and no grad.* tensor")
     return Case(
         key=key or path.resolve().parent.name,
         name=path.stem,
