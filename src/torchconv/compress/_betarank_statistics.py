@@ -164,6 +164,8 @@ class Spread:
         norm = filter_norm(weight, self.geometry.groups, self.geometry.transposed).to(self.mean)
         outgoing, incoming = self.output_deviation(), self.input_deviation()
         check(len(norm) == len(outgoing), "weight", tuple(weight.shape), f"y has {len(outgoing)} channels")
+        known = bool(outgoing.isfinite().all() and incoming.isfinite().all())
+        check(known, "x", "nan or inf", "the layer's inputs or outputs are not finite")
         incoming = incoming.repeat_interleave(len(norm) // self.geometry.groups, 0)
         above, below = (outgoing, incoming) if ratio == "out_over_in" else (incoming, outgoing)
         valid = (outgoing > 0) & (incoming > 0)
@@ -203,4 +205,4 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _deviation(mean: Tensor, variance: Tensor) -> Tensor:
-    return variance.where(variance > _ROUNDING * (variance + mean.square()), 0).sqrt()
+    return variance.masked_fill(variance <= _ROUNDING * (variance + mean.square()), 0).sqrt()

@@ -17,7 +17,8 @@ the inputs and two for the outputs. Nothing is unfolded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +28,13 @@ from torch import Tensor, nn
 from torchconv._common import check, check_choice, check_positive, did_you_mean
 from torchconv.analysis._cka_features import place
 from torchconv.catalog.parts import part
+from torchconv.compress._betarank_selection import (
+    filter_masks,
+    keep_largest,
+    normalise_ranks,
+    select,
+    union_fraction,
+)
 from torchconv.compress._betarank_statistics import (
     AXES,
     RATIOS,
@@ -40,6 +48,7 @@ __all__ = [
     "CRITERIA",
     "BetaRank",
     "beta_rank",
+    "filter_masks",
     "hrank",
     "keep_largest",
     "l1_rank",
@@ -49,7 +58,6 @@ __all__ = [
 ]
 
 CRITERIA = ("beta", "l1", "hrank")
-Rates = float | Sequence[float] | Mapping[str, float]
 
 
 def beta_rank(
@@ -147,77 +155,6 @@ def hrank(maps: Tensor) -> Tensor:
     return torch.linalg.matrix_rank(maps.detach().float()).double().mean(0)
 
 
-def normalise_ranks(scores: Tensor) -> Tensor:
-    """Scores of one layer scaled to [0, 1]; 0 for all where they are equal.
-
-    Example:
-        >>> normalise_ranks(torch.tensor([2.0, 4.0, 3.0]))
-        tensor([0.0000, 1.0000, 0.5000])
-    """
-    low, high = scores.aminmax()
-    return (scores - low) / torch.where(high > low, high - low, 1)
-
-
-def keep_largest(ranks: Tensor, count: int) -> Tensor:
-    """Sorted indices of the ``count`` filters of the largest ranks; among equal ones, of the later filter.
-
-    Example:
-        >>> keep_largest(torch.tensor([0.2, 1.0, 0.0, 0.5]), 2)
-        tensor([1, 3])
-    """
-    check_positive("count", count)
-    check(count <= len(ranks), "count", count, f"the layer has {len(ranks)} filters")
-    return ranks.argsort(stable=True)[len(ranks) - count :].sort().values
-
-
-def select(ranks: Mapping[str, Tensor], rates: Rates) -> dict[str, Tensor]:
-    """Which filters of every layer stay: ``int(O · (1 − rate))`` of the largest ranks, at least one.
-
-    Args:
-        ranks: layer → (O,), as from :meth:`BetaRank.collect`.
-        rates: the share of filters to remove, in [0, 1): one for all layers, one for each in the order of ``ranks``, or
-            a dict; layers that a dict does not name stay whole and are left out of the result.
-
-    Returns:
-        Layer → sorted indices of the filters to keep.
-
-    Raises:
-        ValueError: rates out of range, of the wrong number, or for unknown layers.
-
-    Example:
-        >>> select({"a": torch.tensor([3.0, 1.0, 2.0, 0.0]), "b": torch.rand(8)}, {"a": 0.5})
-        {'a': tensor([0, 2])}
-    """
-    if isinstance(rates, Mapping):
-        for name in rates:
-            check(name in ranks, "rates", name, did_you_mean(name, ranks) if ranks else "no layer was ranked")
-        wanted = dict(rates)
-    elif isinstance(rates, Sequence):
-        check(len(rates) == len(ranks), "rates", list(rates), f"give one for each of the {len(ranks)} layers")
-        wanted = dict(zip(ranks, rates, strict=True))
-    else:
-        wanted = dict.fromkeys(ranks, rates)
-    for name, rate in wanted.items():
-        check(0 <= rate < 1, "rates", rate, f"the share of filters of {name} to remove, from 0 to below 1")
-    return {name: keep_largest(ranks[name], max(1, int(len(ranks[name]) * (1 - r)))) for name, r in wanted.items()}
-
-
-def union_fraction(runs: Sequence[Tensor], available: int) -> float:
-    """How stable a selection is: filters kept in any run, as a share of those available; small is stable.
-
-    Runs that agree give the share that each keeps, the best value there is.
-
-    Example:
-        >>> union_fraction([torch.tensor([0, 1]), torch.tensor([1, 2])], 8)
-        0.375
-    """
-    check(len(runs) > 0, "runs", 0, "give the kept filters of at least one run")
-    check_positive("available", available)
-    kept = torch.cat([r.flatten() for r in runs]).unique()
-    check(bool(kept.min() >= 0) and bool(kept.max() < available), "available", available, "a run keeps filters beyond")
-    return len(kept) / available
-
-
 @part(
     "beta-rank",
     paper="betarank",
@@ -267,6 +204,7 @@ class BetaRank:
         check_choice("axes", axes, AXES)
         if batches is not None:
             check_positive("batches", batches)
+        model = getattr(model, "_orig_mod", model)  # a compiled network calls no hooks
         modules = dict(model.named_modules())
         convolutions = {n: m for n, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
         if layers is None:
@@ -289,13 +227,16 @@ class BetaRank:
     def scores(self, loader: Iterable[Any]) -> dict[str, Tensor]:
         """Layer → scores (O,) in float64, as :func:`beta_rank`, :func:`l1_rank` or :func:`hrank` give them.
 
+        Layers come in the order in which they run.
+
         Args:
             loader: batches, tensors or sequences whose first item is one. The network runs in eval mode.
 
         Raises:
             ValueError: no batch, layers that did not run, maps whose sizes differ between batches.
         """
-        found: dict[str, _Meter] = {n: _Meter(self, m, self.after[n] is m) for n, m in self.layers.items()}
+        turn = itertools.count()
+        found = {n: _Meter(self, m, self.after[n] is m, turn) for n, m in self.layers.items()}
         modes = {m: m.training for m in self.model.modules()}
         taken = 0
         with ExitStack() as hooks:
@@ -317,7 +258,7 @@ class BetaRank:
         check(taken > 0, "loader", loader, "gave no batch")
         idle = [name for name, meter in found.items() if not meter.calls]
         check(not idle, "layers", idle, "did not run")
-        return {name: meter.score() for name, meter in found.items()}
+        return {name: meter.score() for name, meter in sorted(found.items(), key=lambda item: item[1].turn)}
 
     def collect(self, loader: Iterable[Any]) -> dict[str, Tensor]:
         """Layer → ranks (O,) in [0, 1], scaled within the layer; as :meth:`scores` otherwise."""
@@ -327,13 +268,15 @@ class BetaRank:
 class _Meter:
     """Forward hook of one layer (or of its activation) that gathers what its score needs."""
 
-    def __init__(self, owner: BetaRank, layer: Any, rectify: bool) -> None:
-        self.owner, self.layer, self.rectify = owner, layer, rectify
+    def __init__(self, owner: BetaRank, layer: Any, rectify: bool, turns: Iterator[int]) -> None:
+        self.owner, self.layer, self.rectify, self.turns = owner, layer, rectify, turns
         self.spread = Spread(Geometry.of(layer), owner.axes)
-        self.calls = self.positions = self.samples = 0
+        self.turn = self.calls = self.positions = self.samples = 0
         self.total: Tensor | float = 0.0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not self.calls:
+            self.turn = next(self.turns)
         self.calls += 1
         self.positions = output[0, 0].numel()
         if self.owner.criterion == "beta":
