@@ -9,10 +9,11 @@ doubled; on the way up the side is doubled and the map of the same size from the
     e_0 = blocks(embed(x)),      e_i = blocks(merge(e_{i−1}))
     d_i = blocks(W [expand(d_{i+1}); e_i]),      y = x + conv(expand_P(d_0))
 
-**A reconstruction.** The paper gives the U-shape, the patches, and scans in four directions. Widths and depths, the exact
-block, the head and the way skips are joined could not be checked against the authors' code, so that their checkpoints do
-not load. Blocks and changes of scale are those of VMamba and VM-UNet (:mod:`torchconv.models.restore.serpent_vmunet`),
-whose outputs are reproduced; head, residual and the joining of skips are our reading.
+**A reconstruction.** The paper gives the U-shape, the patches, and scans in four directions. Widths and depths, the
+exact block, the head and the way skips are joined could not be checked against the authors' code, so that their
+checkpoints do not load. Blocks and changes of scale are those of VMamba and VM-UNet
+(:mod:`torchconv.models.restore.serpent_vmunet`), whose outputs are reproduced; head, residual and the joining of skips
+are our reading.
 """
 
 from __future__ import annotations
@@ -202,11 +203,11 @@ class Serpent(nn.Module):
 
 @register_model("serpent")
 def serpent_tiny(**options: Any) -> Serpent:
-    """Width 16, patches of 2, three stages, 4 states: 158,179 parameters; not published, for small data."""
+    """Width 16, patches of 2, three stages, 4 states: 93,227 parameters; not published, for small data."""
     return Serpent(**{"dim": 16, "depths": (1, 1, 1), "states": 4, **options})
 
 
 @register_model("serpent")
 def serpent_base(**options: Any) -> Serpent:
-    """Width 64, patches of 2, four stages of two blocks, 16 states; the sizes are ours."""
+    """Width 64, patches of 2, four stages of two blocks, 16 states: 8,841,379 parameters; the sizes are ours."""
     return Serpent(**options)
