@@ -72,6 +72,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "van_b1": ("timm:pvt_v2_b1", {}),
     "van_b2": ("timm:pvt_v2_b2", {}),
     "van_b3": ("timm:pvt_v2_b3", {}),
+    "vmunet": ("torchvision:fcn_resnet50", {"weights_backbone": None}),
 }
 # Networks made for images of one size.
 SIDES = {"convnext_dcls_mini": 32, "dfyp_modis": 32, "residual_parallel": 28, "residual_sequential": 28}

@@ -21,6 +21,7 @@ from torchconv.ops.hrvmamba_scan import SelectiveScan2d
 from torchconv.ops.lococo import ACTIVATIONS, LoCoCo, evict_cache, heavy_hitters
 from torchconv.ops.lococo_attention import LoCoCoAttention
 from torchconv.ops.longconv import LongConv1d, LongConvLayer
+from torchconv.ops.serpent import SS2d
 from torchconv.ops.sgconv import SGConv1d, SGConvLayer
 
 
@@ -122,6 +123,16 @@ def ss2d(place: Place) -> Iterator[Case]:
     loop.backend = "reference"
     x = place.randn(2, 32, 16, 16)
     yield Case("2×32×16²", layer, (x,), loop, params=tuple(layer.parameters()))
+
+
+@case("ss2d-gated")
+def ss2d_gated(place: Place) -> Iterator[Case]:
+    """VMamba's first form with 16 states, against the same with a loop, which is what it falls back to without CUDA."""
+    layer = place.put(SS2d(32))
+    loop: Any = copy.deepcopy(layer)
+    loop.backend = "reference"
+    x = place.randn(2, 32, 16, 16)
+    yield Case("2×32×16² N=16", layer, (x,), loop, params=tuple(layer.parameters()))
 
 
 @case("selective-scan")
@@ -231,7 +242,13 @@ def lococo(place: Place) -> Iterator[Case]:
         def evict(key: Tensor, value: Tensor, slots: int = slots, scores: Tensor = scores) -> Tensor:
             return torch.stack(evict_cache(key, value, scores, slots))
 
-        yield Case(f"{label}, eviction", evict, (key, value), None, peers, alike=False)
+        def sorted_eviction(key: Tensor, value: Tensor, slots: int = slots, scores: Tensor = scores) -> Tensor:
+            index = scores.topk(slots, -1).indices.sort(-1).values.unsqueeze(-1).expand(-1, -1, -1, key.shape[3])
+            return torch.stack([key.gather(2, index), value.gather(2, index)])
+
+        yield Case(f"{label}, eviction", evict, (key, value), sorted_eviction)
+        if peers:
+            yield Case(f"{label}, eviction by rank", evict, (key, value), None, peers, alike=False)
     attention = place.put(LoCoCoAttention(256, 4, mem_size=128, chunk_size=128))
     full = place.put(GroupedQueryAttention(256, 4, 4, 64))
     x = place.randn(1, 4096, 256)
