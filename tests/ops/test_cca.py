@@ -110,7 +110,7 @@ def test_equals_the_definition(options):
         exact(module.o_proj((weights @ v).transpose(1, 2).flatten(2))[0], expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from([(2, 1, 4), (4, 2, 2), (3, 3, 4), (4, 1, 8)]),
     st.integers(0, 3),
@@ -118,21 +118,20 @@ def test_equals_the_definition(options):
     st.lists(st.integers(1, 4), min_size=1, max_size=5),
     st.sampled_from([None, 1, 3]),
     st.booleans(),
-    st.booleans(),
+    st.integers(0, 9),
 )
-def test_pieces_give_what_the_whole_gives(heads, time0, time1, pieces, window, bias, padded):
+def test_pieces_give_what_the_whole_gives(heads, time0, time1, pieces, window, bias, padding):
     module = layer(6, *heads, time0=time0, time1=time1, window=window, bias=bias)
     x, cache = noise(2, sum(pieces), 6), CCACache()
     mask = torch.ones(2, sum(pieces), dtype=torch.bool)
-    mask[1, : pieces[0] - 1] = not padded
+    mask[1, :padding] = False
     outputs, begin = [], 0
     with torch.no_grad():
         for n in pieces:
-            # The mask is for the first piece; the cache remembers it.
-            here = mask[:, :n] if padded and not begin else None
+            here = mask[:, begin : begin + n] if begin < padding else None  # the cache remembers what was padding
             outputs.append(module(x[:, begin : begin + n], here, cache=cache))
             begin += n
-        exact(torch.cat(outputs, 1), module(x, mask if padded else None))
+        exact(torch.cat(outputs, 1), module(x, mask if padding else None))
     e_q, e_k = module.num_heads * module.head_dim, module.num_kv_heads * module.head_dim
     assert cache.length == sum(pieces)
     assert cache.key.numel() + cache.value.numel() == 2 * cache.length * 2 * e_k
@@ -325,6 +324,15 @@ def test_attention_of_the_last_queries():
     ]
 
 
+def test_export_for_any_length():
+    module, x, mask = layer(8, 4, 2, 4, window=5), noise(2, 7, 8), torch.ones(2, 7)
+    sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=3)}
+    program = torch.export.export(module, (x, mask), dynamic_shapes=(sizes, sizes)).module()
+    longer, mask = noise(3, 12, 8), torch.ones(3, 12)
+    mask[1, :4] = 0
+    exact(program(longer, mask), module(longer, mask))
+
+
 def test_counts():
     """The published layer of ZAYA1, multi-head attention of its width, and FLOPs as the formula has them."""
     with torch.device("meta"):
@@ -416,6 +424,12 @@ def test_bad_inputs():
         module(x, rotary=(torch.zeros(3, 2), torch.zeros(3, 2)))
     with pytest.raises(ValueError, match="pad on the left"):
         module(x, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), cache=cache)
+    module(x, torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]]), cache=cache)
+    for late in ([[0, 1, 1, 1], [0, 1, 1, 1]], [[0, 1, 0, 1], [1, 1, 1, 1]]):
+        with pytest.raises(ValueError, match="pad on the left"):
+            module(x, torch.tensor(late), cache=cache)
     module(x, cache=cache)
+    with pytest.raises(ValueError, match="pad on the left"):
+        module(x, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), cache=cache)
     with pytest.raises(ValueError, match="cache of 2 sequences: x has 1"):
         module(x[:1], cache=cache)

@@ -302,9 +302,9 @@ class CCA(nn.Module):
             return
         if cache.key is not None and len(cache.key) != len(x):
             raise ValueError(f"cache of {len(cache.key)} sequences: x has {len(x)}; begin a new CCACache()")
-        if padding_mask is not None and not bool(padding_mask[:, -1].all()):
+        if padding_mask is not None and not cache.continued_by(padding_mask.bool()):
             raise ValueError(
-                "padding_mask ends in padding: with a cache pad on the left, the cache keeps the last tokens"
+                "padding_mask has padding after tokens: with a cache pad on the left, it keeps the last ones"
             )
 
     def merge(self) -> CCA:

@@ -35,6 +35,13 @@ class CCACache:
         """Tokens so far."""
         return 0 if self.key is None else self.key.shape[2]
 
+    def continued_by(self, real: Tensor) -> bool:
+        """Whether no padding of ``real`` (B, S), True at tokens, comes after a token."""
+        if self.length:
+            before = real.new_ones(len(real), 1) if self.real is None else self.real[:, -1:]
+            real = torch.cat([before, real], 1)
+        return not bool((real[:, :-1] & ~real[:, 1:]).any())
+
     def append(self, key: Tensor, value: Tensor, real: Tensor | None) -> None:
         """Take in the keys and values of new tokens."""
         if real is not None or self.real is not None:
@@ -93,6 +100,6 @@ def compressed_attention(
         keys -= first
     inside = window is None or keys <= window
     if real is None and inside and queries in (1, keys):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=share)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=bool(queries > 1), enable_gqa=share)
     mask = visible(queries, keys, real, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=share)
