@@ -100,8 +100,8 @@ def _agreement(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, fl
     "32, 32 filters with batch norms. Half of the filters of every layer removed, by each criterion from the same "
     "images, the rest kept with its weights and statistics and fine-tuned with AdamW. Effect: balanced recall on the "
     "remaining images with beta-rank as released, less the mean of L1 and HRank. The full budget also removes a "
-    "quarter. Interval: Student's over seeds of split, network and fine-tuning. Control: filters at random. Besides: how "
-    "far rankings from two disjoint halves of the training images agree.",
+    "quarter. Interval: Student's over seeds of split, network and fine-tuning. Control: filters at random. Besides: "
+    "how far rankings from two disjoint halves of the training images agree.",
 )
 def run(budget: str, progress: Progress) -> Evidence:
     """Prune small networks by five criteria."""
