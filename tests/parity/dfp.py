@@ -46,6 +46,9 @@ def _convolution(case: Case, inputs: dict[str, Tensor]) -> Mapping[str, Tensor]:
     config = case.config
     bits = int(config.get("P", 16))
     found: dict[str, Tensor] = {}
+    if inputs["w"].dim() == 2:  # a linear layer is a kernel of one tap
+        mapped = _convolution(case, {n: t.unsqueeze(-1) for n, t in inputs.items()})
+        return {n: t.squeeze(-1) if t.dim() == 3 else t for n, t in mapped.items()}
     x, w = quantize(inputs["x"], bits), quantize(inputs["w"], bits)
     options: dict[str, Any] = {n: config.get(n, d) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))}
     options["groups"] = int(config.get("groups", 1))

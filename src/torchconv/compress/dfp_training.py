@@ -168,7 +168,6 @@ class DFPLayer(nn.Module):
         if chain is not None:
             check(len(chain) in (1, 2, 3), "chain", chain, "give (length, shift, policy)")
             Chain(*chain)
-            check(bits <= 16, "bits", bits, "a 32-bit accumulator takes at most 16 bits; use bits=16 or chain=None")
         self.bits, self.rounding = bits, rounding
         self.chain = None if chain is None else tuple(chain)
         self.reader: Reader | None = None
@@ -244,6 +243,8 @@ class DFPLinear(DFPLayer, nn.Linear):
         """x · Wᵀ + b."""
         size = self.in_features
         check(input.dim() >= 1 and input.shape[-1] == size, "x", tuple(input.shape), f"expected (…, {size})")
+        if input.numel() == 0:
+            return F.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features).t().unsqueeze(0)
         y = dfp_conv(rows, self.weight.unsqueeze(-1), self.bias, **self._options())
         return y[0].t().reshape(*input.shape[:-1], self.out_features)
