@@ -184,6 +184,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
     assert best(np.array([1.0, 3, 3, -1, 3]), 2).tolist() == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:Features .* are constant")
 def test_mrmr_equals_loops_and_leaves_copies() -> None:
     rng = np.random.default_rng(1)
     y = np.arange(60) % 2
@@ -358,3 +359,12 @@ def test_real_problem() -> None:
     data = load("BasicMotions")
     model = LightWaveS().fit(data.train.x, data.train.y)
     assert model.score(data.test.x, data.test.y.numpy()) > 0.95
+
+
+def test_empty_batches_and_halves() -> None:
+    layer = LightWaveSFeatures([[0, 3, 0], [2, 17, 5]])
+    assert layer(torch.zeros(0, 3, 40)).shape == (0, 16)
+    x = noise(2, 3, 40).bfloat16()
+    found = layer(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, layer(x.float()).bfloat16())

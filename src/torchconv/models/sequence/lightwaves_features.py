@@ -133,12 +133,17 @@ def kernel_features(x: Tensor, kernels: Tensor, dilation: int, variant: str = "L
     least = 1 if variant == "L1" else 2
     check(length >= least, "x", tuple(x.shape), f"variant {variant} needs series of at least {least} steps")
     check(kernels.dim() == 2 and kernels.shape[1] == TAPS, "kernels", tuple(kernels.shape), f"must be (k, {TAPS})")
-    dtype = x.dtype
+    return _two_layers(x.unsqueeze(-2), kernels, dilation, variant)
+
+
+def _two_layers(x: Tensor, kernels: Tensor, dilation: int, variant: str) -> Tensor:
+    """One series for all kernels, or one for each: (…, 1 or k, T) → (…, k, features)."""
+    dtype, length = x.dtype, x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
         if dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         kernels = kernels.to(x.dtype)
-        z = filtered(x.unsqueeze(-2), kernels, dilation)
+        z = filtered(x, kernels, dilation)
         found = [] if variant == "L2" else [describe(z, dilation**-1.5, dtype)]
         if variant != "L1":
             s = z.abs()[..., ::2][..., : length // 2].to(_wide(x))
@@ -211,9 +216,10 @@ class LightWaveSFeatures(nn.Module):
         check((mean is None) == (std is None), "std", std, "give mean and std, or neither")
         mask = torch.ones(len(table), width, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu().bool()
         check(mask.shape == (len(table), width), "mask", tuple(mask.shape), f"must be ({len(table)}, {width})")
-        self.groups: dict[tuple[int, int], list[int]] = {}
-        for n, (channel, _, step) in enumerate(self.rows):
-            self.groups.setdefault((channel, self.dilations[step]), []).append(n)
+        self.channels = sorted({row[0] for row in self.rows})
+        self.groups: dict[int, list[int]] = {}  # dilation → rows
+        for n, row in enumerate(self.rows):
+            self.groups.setdefault(self.dilations[row[2]], []).append(n)
         place = torch.empty(len(table), dtype=torch.int64)
         place[[n for members in self.groups.values() for n in members]] = torch.arange(len(table))
         keep = (place[:, None] * width + torch.arange(width))[mask]
@@ -228,13 +234,15 @@ class LightWaveSFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise, filter, describe, choose."""
-        needed = 1 + max(channel for channel, _ in self.groups)
-        check(x.dim() == 3 and x.shape[1] >= needed, "x", tuple(x.shape), f"must be (B, C >= {needed}, T)")
+        needed, least = self.channels[-1] + 1, 1 if self.variant == "L1" else 2
+        remedy = f"must be (B, C >= {needed}, T >= {least})"
+        check(x.dim() == 3 and x.shape[1] >= needed and x.shape[2] >= least, "x", tuple(x.shape), remedy)
+        series = x[:, self.channels]
+        if self.mean is not None and self.std is not None:
+            series = (series - self.mean[self.channels, None]) / self.std[self.channels, None]
         found = []
-        for (channel, dilation), members in self.groups.items():
-            series = x[:, channel]
-            if self.mean is not None and self.std is not None:
-                series = (series - self.mean[channel]) / self.std[channel]
+        for dilation, members in self.groups.items():
+            own = series[:, [self.channels.index(self.rows[n][0]) for n in members]]
             kernels = self.kernels[[self.rows[n][1] for n in members]]
-            found.append(kernel_features(series, kernels, dilation, self.variant))
+            found.append(_two_layers(own, kernels, dilation, self.variant))
         return torch.cat(found, 1).flatten(1).index_select(1, self.keep)
