@@ -84,10 +84,15 @@ def heavy_hitters(scores: Tensor, size: int, local: int = 0) -> Tensor:
     length = scores.shape[-1]
     check(0 <= size <= length, "size", size, f"must be between 0 and the {length} tokens that there are")
     check(0 <= local <= size, "local", local, f"must be between 0 and size={size}")
-    earlier = scores[..., : length - local]
-    best = earlier.topk(size - local, -1, sorted=False).indices
-    mask = torch.zeros_like(earlier, dtype=torch.bool).scatter(-1, best, True)
-    return torch.cat([mask, torch.ones_like(scores[..., length - local :], dtype=torch.bool)], -1)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, _best(scores, size, local), True)
+
+
+def _best(scores: Tensor, size: int, local: int) -> Tensor:
+    """Indices of the heavy hitters in any order, then those of the last tokens."""
+    length = scores.shape[-1]
+    best = scores[..., : length - local].topk(size - local, -1, sorted=False).indices
+    last = torch.arange(length - local, length, device=scores.device)
+    return torch.cat([best, last.expand(*best.shape[:-1], local)], -1)
 
 
 def _kept_first(mask: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ def evict_cache(key: Tensor, value: Tensor, scores: Tensor, mem_size: int, local
     check(0 <= local_len <= mem_size, "local_len", local_len, f"must be between 0 and mem_size={mem_size}")
     if key.shape[2] <= mem_size:
         return key, value
-    index = _kept_first(heavy_hitters(scores, mem_size, local_len))[..., :mem_size]
+    index = _best(scores, mem_size, local_len).sort(-1).values
     return _take(key, index), _take(value, index)
 
 

@@ -282,7 +282,7 @@ def _kvpress(scores: Tensor, slots: int) -> dict[str, Any]:
         def score(self, *_: Any) -> Tensor:
             return scores
 
-    press = Given(1 - slots / scores.shape[2])
+    press = Given(1 - (slots + 0.5) / scores.shape[2])  # it rounds down
 
     def evict(key: Tensor, value: Tensor) -> Tensor:
         module = SimpleNamespace(head_dim=key.shape[3])
