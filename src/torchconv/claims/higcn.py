@@ -17,8 +17,8 @@ UNIT = "points of test accuracy"
     source="arXiv 2309.12971, node classification on Cora and other graphs",
     experiment="Cora (2708 papers, 5278 citations, 1630 triangles): random splits, 60 % of each class to train, 20 % "
     "to validate, 20 % to test; 32 features a branch, K = 10, α = 0.5, Adam at 0.02 for 100 epochs, the epoch of the "
-    "best validation loss. Effect: test accuracy with orders 1 and 2 less that with order 1, paired over splits. Beside "
-    "it: Citeseer, and a graph made of K₅ and K₄,₄ in which only triangles tell the nodes apart.",
+    "best validation loss. Effect: test accuracy with orders 1 and 2 less that with order 1, paired over splits. "
+    "Beside it: Citeseer, and a graph made of K₅ and K₄,₄ in which only triangles tell the nodes apart.",
 )
 def run(budget: str, progress: Progress) -> Evidence:
     """Train both networks on the same splits."""

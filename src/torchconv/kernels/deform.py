@@ -11,7 +11,7 @@ rows, which is what an embedding bag computes in one pass. With g the gradient o
 
 The sampled maps, K times the output, are never made. With few channels in a group or few taps the table does not pay,
 and the map is sampled tap by tap. Where a position lies on a pixel, its slope is the one towards the next pixel, as in
-the operators of DCNv4 and torchvision; sampling tap by tap, rounding decides that.
+the operators of DCNv4 (arXiv 2401.06197) and torchvision; tap by tap, rounding decides that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What MHAF-YOLO's network needs beside its blocks: pooling, downsampling and attention on the coarsest map."""
+"""What MHAF-YOLO's network (arXiv 2502.04656) needs beside its blocks: pooling, downsampling, coarse attention."""
 
 from __future__ import annotations
 
