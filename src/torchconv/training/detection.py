@@ -1,4 +1,4 @@
-"""How good detections are: average precision as on COCO.
+"""How good detections are: average precision as on COCO (Lin et al. 2014, arXiv 1405.0312).
 
 Detections of a class are taken from the best score down, and each finds the object of its class and image that it
 overlaps most and that no better one has found. Precision at a recall is the best at that recall or above; its mean over
