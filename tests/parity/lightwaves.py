@@ -63,7 +63,9 @@ def _dilations(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _order(config: dict[str, Any]) -> list[int]:
-    return [FEATURES.index(name) for name in config.get("feature_order") or FEATURES]
+    names = config.get("feature_order") or FEATURES
+    names = names.split(",") if isinstance(names, str) else names
+    return [FEATURES.index(name.strip()) for name in names]
 
 
 def _transform(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,10 +73,10 @@ def _transform(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     steps = torch.tensor(dilations)[rows[:, 2].long()]
     found = {"dilations": steps, "paddings": 4 * steps}
     for variant, width in VARIANTS.items():
-        if variant.lower() in case.outputs:
+        if variant.lower() in case.outputs or ("features" in case.outputs and variant == case.config.get("variant")):
             features = LightWaveSFeatures(rows, variant=variant, dilations=dilations)(inputs["X"])
             shaped = features.view(len(features), len(rows), width // 4, 4)[..., _order(case.config)]
-            found[variant.lower()] = shaped.flatten(2)
+            found[variant.lower()] = found["features"] = shaped.flatten(2)
     return found
 
 
