@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from torchconv._common import check, check_choice, did_you_mean
 from torchconv.catalog import part
@@ -63,12 +64,6 @@ def sparsity_penalty(
     gamma: Tensor, keep: Tensor | None = None, lam: float = 5e-4, kind: str = "L1", lr: float | None = None
 ) -> Tensor:
     """The loss whose gradient is :func:`sparse_gradient`: λ·Σ|γ|, λ·Σγ²/2, or the two joined at |γ| = lr·λ.
-
-    Args:
-        gamma, keep, lam, kind, lr: as there.
-
-    Returns:
-        A scalar.
 
     Example:
         >>> sparsity_penalty(torch.tensor([2.0, -3.0]), torch.tensor([True, False]), lam=0.5)
@@ -163,9 +158,8 @@ def vote(keeps: Sequence[Tensor]) -> Tensor:
         ValueError: no masks, or of different sizes.
 
     Example:
-        >>> a, b = torch.tensor([False, False, True, True]), torch.tensor([False, True, False, True])
-        >>> vote([a, b]), vote([a, torch.ones(4, dtype=torch.bool)])
-        (tensor([False, False, False,  True]), tensor([True, True, True, True]))
+        >>> vote([torch.tensor([False, False, True, True]), torch.tensor([False, True, False, True])])
+        tensor([False, False, False,  True])
     """
     check(len({k.shape for k in keeps}) == 1, "keeps", [tuple(k.shape) for k in keeps], "expected masks of one size")
     pruned = ~torch.stack(list(keeps))
@@ -195,7 +189,8 @@ def channel_masks(
         scope: of ``ratio``: "layer" takes that share of each, "global" of all together, by one threshold. The latter
             can leave single layers with ``min_channels``.
         groups: of norms that share channels: what :func:`torchconv.surgery.channel_groups` returns, or lists of names.
-            Each gets one mask by :func:`vote`; norms whose channels cannot be removed get none.
+            Each gets one mask by :func:`vote`, with ``min_channels`` of the largest Σ|γ| where that leaves fewer;
+            norms whose channels cannot be removed get none.
         norms: the batch norms that may lose channels; unset, all that have scales.
         min_channels: that each layer keeps at least.
 
@@ -238,7 +233,11 @@ def channel_masks(
             for name in members:
                 del own[name]
         else:
-            own |= dict.fromkeys(names, vote([own[n] for n in names]))
+            keep = vote([own[n] for n in names])
+            if int(keep.sum()) < min_channels:  # members that disagree about all channels
+                together = torch.stack([scales[n].abs() for n in names]).sum(0)
+                keep[together.topk(min(min_channels, len(keep))).indices] = True
+            own |= dict.fromkeys(names, keep)
     return {name: keep for name, keep in own.items() if not bool(keep.all())}
 
 
@@ -289,7 +288,9 @@ class MaskSparsity(nn.Module):
 
     In :func:`torchconv.training.fit` nothing more is needed: the penalty is added to each loss. In a loop of your own
     add :meth:`penalty` to the loss, or call :meth:`apply_gradient` between ``backward()`` and ``step()`` (once a step,
-    after gradients were unscaled and reduced); for L1 the two are the same.
+    after gradients were unscaled and reduced); for L1 the two are the same. In eval mode it computes what the pruned
+    network will, so that the epoch with the best validation accuracy is the best to prune; without masks, what
+    ``model`` does.
 
     Args:
         model: the network; it is trained in place, and is ``self.model`` afterwards.
@@ -308,8 +309,8 @@ class MaskSparsity(nn.Module):
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         >>> sparse = MaskSparsity(net, {"1": torch.tensor([True, True, False, False])}, lam=0.5)
-        >>> sparse(torch.randn(2, 3, 8, 8)).shape, sparse.penalty()
-        (torch.Size([2, 4, 6, 6]), tensor(1., grad_fn=<MulBackward0>))
+        >>> sparse.penalty(), sparse.eval()(torch.randn(2, 3, 8, 8))[:, 2:].any()
+        (tensor(1., grad_fn=<MulBackward0>), tensor(False))
 
     Reference: arXiv 2201.06776, section 3.3.
     """
@@ -327,6 +328,7 @@ class MaskSparsity(nn.Module):
         super().__init__()
         check_choice("kind", kind, KINDS)
         check(lam >= 0, "lam", lam, "must not be negative")
+        self.chosen = masks is not None
         if masks is None:
             masks = {n: torch.zeros(len(g), dtype=torch.bool) for n, g in _scales(model, None).items()}
         check(bool(masks), "masks", dict(masks), "there is no channel to pull; see channel_masks")
@@ -345,8 +347,17 @@ class MaskSparsity(nn.Module):
         self.register_buffer("keep", torch.cat([masks[n].to(like.device) for n in self.names]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``model`` makes of it."""
-        return self.model(*args, **kwargs)
+        """What ``model`` makes of it; in eval mode without the channels that will be pruned."""
+        if self.training or not self.chosen:
+            return self.model(*args, **kwargs)
+        without = {}
+        parts = self.keep.split([len(gamma) for gamma in self.scales()])
+        for name, keep in zip(self.names, parts, strict=True):
+            norm: Any = self.model.get_submodule(name)
+            without[f"{name}.weight"] = norm.weight * keep
+            if norm.bias is not None:
+                without[f"{name}.bias"] = norm.bias * keep
+        return functional_call(self.model, without, args, kwargs)
 
     def scales(self) -> list[Tensor]:
         """The scales that have a mask, one tensor a norm."""

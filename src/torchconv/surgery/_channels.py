@@ -9,6 +9,7 @@ for networks that cannot be traced symbolically as well.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,7 @@ class _Trace(TorchDispatchMode):
             self._reduce(args, out)
         elif name in _RESHAPE:
             self._reshape(args[0], out)
-        elif name == "constant_pad_nd" and len(args[1]) <= 2 * (args[0].dim() - 2):
+        elif (name == "as_strided" and _is_pooled(*args[:3])) or (name == "constant_pad_nd" and _pads_space(*args[:2])):
             self.give(out, self.label(args[0]))
         elif torch.Tag.pointwise in func.tags and isinstance(out, Tensor):
             self._pointwise(name, (args, kwargs), out)
@@ -267,6 +268,16 @@ class _Trace(TorchDispatchMode):
                 found[0].block(f"{name} mixes them with others")
                 label[0].block(f"{name} mixes them with others")
         self.give(out, found)
+
+
+def _pads_space(x: Tensor, padding: Sequence[int]) -> bool:
+    return len(padding) <= 2 * (x.dim() - 2)
+
+
+def _is_pooled(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether this is what a global pooling does to (N, C, 1, 1) for the sake of the memory format."""
+    pooled = x.dim() > 2 and x.numel() == x.shape[0] * x.shape[1]
+    return pooled and list(size) == list(x.shape) and list(stride[:2]) == [x.shape[1], 1]
 
 
 def trace(model: nn.Module, example: Any) -> list[ChannelGroup]:

@@ -8,6 +8,7 @@ names (arXiv 2201.06776), the ties are read off one run of the network.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from torchconv._common import check, did_you_mean
 from torchconv.analysis.count import count
 from torchconv.catalog import part
 from torchconv.surgery._channels import ChannelGroup, trace
-from torchconv.surgery._layers import grouped, own_copy, parameter_count
+from torchconv.surgery._layers import grouped, inputs_of, own_copy, parameter_count
 from torchconv.surgery._probe import make_up
 from torchconv.surgery.structure import Edit, note, verb
 
@@ -94,11 +95,13 @@ def prune(
     example: Any = None,
     *,
     groups: Iterable[ChannelGroup] | None = None,
+    absorb: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` without the channels whose mask is False.
 
-    It computes what ``model`` computes when the removed channels' γ and β are zero. A channel whose γ alone is zero
-    still feeds the constant act(β) to the layers behind, which is lost; a short fine-tuning makes up for it.
+    It computes what ``model`` computes when the removed channels' γ and β are zero (and their activation makes zero of
+    it). A channel whose γ alone is zero still feeds the constant act(β) to the layers behind. That is lost, and a short
+    fine-tuning makes up for it, or ``absorb`` keeps it.
 
     Args:
         model: any module; it stays as it is.
@@ -107,6 +110,9 @@ def prune(
         example: an input (a tuple of arguments, a dict of keywords) to find the groups with and to count on; unset, one
             is made up where groups have to be found.
         groups: given instead of found.
+        absorb: add what the removed channels feed to the layers behind, when their γ is zero, to the biases of these.
+            Exact but for borders that a convolution pads with zeros. Needs ``example``; transposed convolutions are
+            left out.
 
     Returns:
         The new network; ``prune_report`` on it is the :class:`PruneReport`. It is saved and loaded by
@@ -128,6 +134,8 @@ def prune(
     model = getattr(model, "_orig_mod", model)
     found = list(groups) if groups is not None else channel_groups(new, example)
     chosen = _chosen(found, masks)
+    check(example is not None or not absorb, "absorb", absorb, "needs example, to see what removed channels feed")
+    shifts = _shifts(new, chosen, example) if absorb else {}
     channels: dict[str, tuple[int, int]] = {}
     layers: dict[str, dict[str, list[int]]] = {}
     for group, keep in chosen:
@@ -138,12 +146,20 @@ def prune(
                 _narrow(layer, role, index, len(keep))
                 layers.setdefault(path, {})[role] = [len(index), len(keep)]
         channels |= dict.fromkeys(group.norms, (len(keep), len(index)))
+    for path, shift in shifts.items():
+        layer = new.get_submodule(path)
+        stay = next((keep for group, keep in chosen if path in group.producers), None)
+        _give_bias(layer)
+        with torch.no_grad():
+            layer.bias += shift if stay is None else shift[stay.to(shift.device)]
     macs = None
     if example is not None:
         macs = (_macs(model, example), _macs(new, example))
     report = PruneReport(channels, (parameter_count(model), parameter_count(new)), macs)
     new.prune_report = report  # type: ignore[assignment]
-    edits: list[Edit] = [{"verb": "prune", "path": p, "sides": sides} for p, sides in layers.items()]
+    edits: list[Edit] = [
+        {"verb": "prune", "path": p, "sides": sides, "bias": p in shifts} for p, sides in layers.items()
+    ]
     note(new, model, edits)
     return new
 
@@ -153,6 +169,8 @@ def _prune_again(model: nn.Module, edit: Edit) -> None:
     layer: Any = model.get_submodule(edit["path"])
     for role, (kept, size) in edit["sides"].items():
         _narrow(layer, role, torch.arange(kept), size)
+    if edit["bias"]:
+        _give_bias(layer)
 
 
 def _macs(model: nn.Module, example: Any) -> int:
@@ -216,6 +234,41 @@ def _select(layer: nn.Module, name: str, axis: int, index: Tensor) -> None:
     if tensor is None:
         return
     taken = tensor.index_select(axis, index.to(tensor.device))
+    for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):  # index_select forgets it
+        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous():
+            taken = taken.contiguous(memory_format=layout)
     if isinstance(tensor, nn.Parameter):
         taken = nn.Parameter(taken, tensor.requires_grad)
     setattr(layer, name, taken)
+
+
+@torch.no_grad()
+def _shifts(model: nn.Module, chosen: Sequence[tuple[ChannelGroup, Tensor]], example: Any) -> dict[str, Tensor]:
+    """What each layer behind removed channels makes of the constants that these feed when their γ is zero."""
+    readers: dict[str, Tensor] = {}
+    still = copy.deepcopy(model).eval()
+    for group, keep in chosen:
+        for path in group.norms:
+            norm: Any = still.get_submodule(path)
+            if norm.weight is not None:
+                norm.weight[~keep.to(norm.weight.device)] = 0
+        readers |= dict.fromkeys(group.consumers, ~keep)
+    seen = inputs_of(still, readers, example)
+    shifts = {}
+    for path, gone in readers.items():
+        layer: Any = model.get_submodule(path)
+        if path not in seen or getattr(layer, "transposed", False):
+            continue
+        x = seen[path][0]
+        gone = gone.to(x.device).repeat_interleave(x.shape[1] // len(gone))
+        constants = x.transpose(0, 1).flatten(1).median(1).values * gone
+        shifts[path] = (
+            layer.weight.flatten(2).sum(2) @ constants if layer.weight.dim() > 2 else layer.weight @ constants
+        )
+    return shifts
+
+
+def _give_bias(layer: Any) -> None:
+    if layer.bias is None:
+        weight = layer.weight
+        layer.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
