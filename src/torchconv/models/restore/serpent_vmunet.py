@@ -168,14 +168,16 @@ def read_official(state: dict[str, Tensor]) -> dict[str, Any]:
         stages = 1 + max(int(m[1]) for m in found)
         return [1 + max([int(m[2]) for m in found if int(m[1]) == i and m[2]], default=-1) for i in range(stages)]
 
+    down, up = counts("layers"), counts("layers_up")
+    missing = len(up) - len(down)  # a last stage without blocks has no names
     embed, final = state["patch_embed.proj.weight"], state["final_up.expand.weight"]
     dim = int(embed.shape[0])
     options: dict[str, Any] = {
         "in_chans": int(embed.shape[1]),
         "num_classes": int(state["final_conv.weight"].shape[0]),
         "dim": dim,
-        "depths": counts("layers"),
-        "decoder_depths": counts("layers_up"),
+        "depths": [*down, *[0] * missing],
+        "decoder_depths": up,
         "patch": int(embed.shape[2]),
         "patch_norm": "patch_embed.norm.weight" in state,
         "final_scale": int(final.shape[0] // final.shape[1]),
