@@ -36,7 +36,8 @@ def ranks(place: Place) -> Iterator[Case]:
 @case("masksparsity")
 def pull(place: Place) -> Iterator[Case]:
     """The penalty on the scales of 53 batch norms, as one tensor, against one norm after another."""
-    sizes = [64, *[64, 64, 256] * 3, *[128, 128, 512] * 4, *[256, 256, 1024] * 6, *[512, 512, 2048] * 3, 256, 512, 1024, 2048]
+    sizes = [64, *[64, 64, 256] * 3, *[128, 128, 512] * 4, *[256, 256, 1024] * 6, *[512, 512, 2048] * 3]
+    sizes += [256, 512, 1024, 2048]  # those of ResNet-50
     scales = tuple(place.randn(n) for n in sizes)
     keeps = [torch.arange(n, device=place.device) % 2 == 0 for n in sizes]
     together = torch.cat(keeps)
