@@ -3,6 +3,7 @@
 :mod:`torchconv.surgery` takes it out.
 """
 
+from torchconv.compress.dfp_networks import convert_to_dfp
 from torchconv.compress.masksparsity import MaskSparsity, channel_masks
 
-__all__ = ["MaskSparsity", "channel_masks"]
+__all__ = ["MaskSparsity", "channel_masks", "convert_to_dfp"]

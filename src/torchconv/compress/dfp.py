@@ -44,7 +44,7 @@ class DFPTensor:
     """``integers`` · 2^``exponent``.
 
     Attributes:
-        integers: int16 up to 16 bits, int32 up to 24; sums and products int32 or int64.
+        integers: int16 up to 16 bits, int32 up to 24; sums and products int32 or int64 (float64 if left as summed).
         exponent: shared by all, a 0-dim int64 tensor.
         bits: P, the sign included; of sums and products that of the operands.
     """
@@ -55,6 +55,8 @@ class DFPTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers as floats: exact for up to 24 bits in float32 while the exponent is in range."""
+        if self.integers.dtype == torch.float64:
+            return scale_by_power(self.integers, self.exponent).to(dtype)
         return scale_by_power(self.integers.to(dtype), self.exponent)
 
 
@@ -100,7 +102,7 @@ def scale_by_power(x: Tensor, exponent: Tensor) -> Tensor:
     """x · 2^exponent, rounded once at most (where the result is subnormal)."""
     half = exponent >> 1  # 2^exponent alone may be out of range where the result is not
     first, second = (power_of_two(e.clamp(-126, 127)).to(x.dtype) for e in (half, exponent - half))
-    return x * first * second
+    return x * (first * second) if x.dtype == torch.float64 else (x * first).mul_(second)
 
 
 def check_bits(bits: int) -> None:
@@ -165,11 +167,11 @@ def quantize(
     exponent = shared_exponent(x, bits)
     scaled = scale_by_power(x, -exponent)
     if rounding == "nearest":
-        scaled = scaled.round()
+        scaled = scaled.round_()
     else:
         noise = torch.rand(scaled.shape, generator=generator, device=scaled.device, dtype=scaled.dtype)
-        scaled = (scaled + noise).floor()
-    return DFPTensor(_store(scaled.clamp(-top(bits), top(bits)), bits), exponent, bits)
+        scaled = scaled.add_(noise).floor_()
+    return DFPTensor(_store(scaled.clamp_(-top(bits), top(bits)), bits), exponent, bits)
 
 
 def _wide(bits: int) -> torch.dtype:
@@ -257,7 +259,14 @@ def exact_sum(linear: Callable[[Tensor], Tensor], integers: Tensor, terms: int, 
 
 
 def integer_conv(
-    x: DFPTensor, w: DFPTensor, stride: Size = 1, padding: Padding = 0, dilation: Size = 1, groups: int = 1
+    x: DFPTensor,
+    w: DFPTensor,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    as_summed: bool = False,
 ) -> DFPTensor:
     """The exact convolution of integers.
 
@@ -265,6 +274,7 @@ def integer_conv(
         x: (N, C, \\*spatial), 1 to 3 axes.
         w: (O, C/groups, \\*kernel).
         stride, padding, dilation, groups: as of ``nn.ConvNd``; padding also "same" and "valid".
+        as_summed: leave the sums, which are integers, in the type that they were computed in (float64, mostly).
 
     Returns:
         int64 sums of products, and the sum of the exponents.
@@ -285,7 +295,8 @@ def integer_conv(
         return conv_nd(part, kernel, None, stride, padding, dilation, groups)
 
     sums = exact_sum(convolve, x.integers, terms, largest)
-    return DFPTensor(sums.to(torch.int64), x.exponent + w.exponent, max(x.bits, w.bits))
+    sums = sums if as_summed else sums.to(torch.int64)
+    return DFPTensor(sums, x.exponent + w.exponent, max(x.bits, w.bits))
 
 
 def chained_conv(

@@ -32,6 +32,8 @@ def integer_conv_input(
     padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
+    *,
+    as_summed: bool = False,
 ) -> DFPTensor:
     """The exact gradient of :func:`~torchconv.compress.dfp.integer_conv` for its input.
 
@@ -39,7 +41,7 @@ def integer_conv_input(
         grad: of the output (N, O, \\*spatial').
         w: (O, C/groups, \\*kernel).
         size: of the input's axes, \\*spatial.
-        stride, padding, dilation, groups: of the convolution.
+        stride, padding, dilation, groups, as_summed: of the convolution.
 
     Returns:
         int64 sums (N, C, \\*size), and the sum of the exponents.
@@ -63,7 +65,8 @@ def integer_conv_input(
     sums = exact_sum(backward, grad.integers, terms, top(grad.bits) * top(w.bits))
     for axis in range(ndim):
         sums = sums.narrow(2 + axis, pads[axis][0] - even[axis], size[axis])
-    return DFPTensor(sums.to(torch.int64), grad.exponent + w.exponent, max(grad.bits, w.bits))
+    sums = sums if as_summed else sums.to(torch.int64)
+    return DFPTensor(sums, grad.exponent + w.exponent, max(grad.bits, w.bits))
 
 
 def integer_conv_weight(
@@ -74,6 +77,8 @@ def integer_conv_weight(
     padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
+    *,
+    as_summed: bool = False,
 ) -> DFPTensor:
     """The exact gradient of :func:`~torchconv.compress.dfp.integer_conv` for its kernel.
 
@@ -81,7 +86,7 @@ def integer_conv_weight(
         x: the input (N, C, \\*spatial).
         grad: of the output (N, O, \\*spatial').
         kernel_size: of the kernel's axes.
-        stride, padding, dilation, groups: of the convolution.
+        stride, padding, dilation, groups, as_summed: of the convolution.
 
     Returns:
         int64 sums (O, C/groups, \\*kernel), and the sum of the exponents.
@@ -104,7 +109,8 @@ def integer_conv_weight(
 
     terms = grad.integers[:, :1].numel()
     sums = exact_sum(backward, grad.integers, terms, top(x.bits) * top(grad.bits))
-    return DFPTensor(sums.to(torch.int64), x.exponent + grad.exponent, max(x.bits, grad.bits))
+    sums = sums if as_summed else sums.to(torch.int64)
+    return DFPTensor(sums, x.exponent + grad.exponent, max(x.bits, grad.bits))
 
 
 def chained_conv_input(

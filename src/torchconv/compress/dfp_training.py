@@ -68,7 +68,7 @@ class _Convolution(torch.autograd.Function):
             reader("input", qx, x)
             reader("weight", qw, weight)
         if chain is None:
-            return keep_layout(integer_conv(qx, qw, *geometry).dequantize(dtype), x)
+            return keep_layout(integer_conv(qx, qw, *geometry, as_summed=True).dequantize(dtype), x)
         y, overflows = chained_conv(qx, qw, *geometry, chain=Chain(*chain))
         if reader is not None:
             reader("output", overflows, None)
@@ -95,7 +95,7 @@ class _Convolution(torch.autograd.Function):
 
 def _pass(exact: Any, chained: Any, operands: tuple[Any, ...], chain: Any, reader: Reader | None, name: str) -> Tensor:
     if chain is None:
-        return exact(*operands).dequantize(torch.float64)
+        return exact(*operands, as_summed=True).dequantize(torch.float64)
     result: Tensor
     result, overflows = chained(*operands, chain=Chain(*chain))
     if reader is not None:
