@@ -167,7 +167,7 @@ GEOMETRIES = [(1, 1, 1, 1), (2, 0, 1, 2), (2, 1, 2, 1), (3, 2, 1, 4), (1, 3, 2, 
 def test_three_passes_in_python_integers(stride: int, padding: int, dilation: int, groups: int, ndim: int) -> None:
     size, kernel = ((11,), (3,)) if ndim == 1 else ((7, 6), (3, 2))
     x, w = random_dfp(2, 4, *size), random_dfp(4, 4 // groups, *kernel)
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     y = integer_conv(x, w, **options)
     g = random_dfp(*y.integers.shape)
     gx, gw = torch.zeros_like(x.integers, dtype=torch.int64), torch.zeros_like(w.integers, dtype=torch.int64)
@@ -224,6 +224,34 @@ def test_chains_in_python_integers(policy: str, length: int, shift: int) -> None
     assert int(overflows) == events
     assert events == 0 or length > Chain.safe(shift)[0]
     assert events > 0 or (length, shift) not in ((3, 0), (100, 0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_passes_agree_at_any_geometry(data: st.DataObject) -> None:
+    ndim, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+
+    def each(low: int, high: int) -> list[int]:
+        return data.draw(st.lists(st.integers(low, high), min_size=ndim, max_size=ndim))
+
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 3)
+    size = [n + d * (k - 1) for n, d, k in zip(each(1, 5), dilation, kernel, strict=True)]
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
+    options["padding"] = data.draw(st.sampled_from(["same", "valid", each(0, 4)]))
+
+    def draw(*shape: int) -> DFPTensor:
+        return DFPTensor(torch.randint(-99, 100, shape, dtype=torch.int16), torch.tensor(0))
+
+    x, w = draw(2, 2 * groups, *size), draw(3 * groups, 2, *kernel)
+    y = integer_conv(x, w, **options)
+    g = draw(*y.integers.shape)
+    gx, gw = integer_conv_input(g, w, size, **options), integer_conv_weight(x, g, kernel, **options)
+    inner = [int((a.integers.long() * b.integers.long()).sum()) for a, b in ((g, y), (x, gx), (w, gw))]
+    assert inner[0] == inner[1] == inner[2]
+    chain = Chain(3)  # sums are below 2^24, so that these are exact too
+    assert torch.equal(chained_conv(x, w, **options, chain=chain)[0].long(), y.integers)
+    assert torch.equal(chained_conv_input(g, w, size, **options, chain=chain)[0].long(), gx.integers)
+    assert torch.equal(chained_conv_weight(x, g, kernel, **options, chain=chain)[0].long(), gw.integers)
 
 
 def test_longest_safe_chain() -> None:
@@ -390,6 +418,10 @@ def test_types_layouts_and_copies() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), y)
     half = copy.deepcopy(layer).bfloat16()
     assert half(x.bfloat16()).dtype == torch.bfloat16
+    short = quantize(torch.tensor([1.0, 0.25])).dequantize(torch.float16)  # 2^−14 is nearly nothing in float16
+    assert short.tolist() == [1.0, 0.25]
+    small = copy.deepcopy(layer).half()(x.half())
+    torch.testing.assert_close(small.float(), y, rtol=1e-2, atol=1e-2)
     double = copy.deepcopy(layer).double()
     assert double(x.double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):

@@ -55,9 +55,8 @@ class DFPTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers as floats: exact for up to 24 bits in float32 while the exponent is in range."""
-        if self.integers.dtype == torch.float64:
-            return scale_by_power(self.integers, self.exponent).to(dtype)
-        return scale_by_power(self.integers.to(dtype), self.exponent)
+        wide = torch.float64 if torch.float64 in (self.integers.dtype, dtype) else torch.float32
+        return scale_by_power(self.integers.to(wide), self.exponent).to(dtype)
 
 
 @dataclass(frozen=True)
