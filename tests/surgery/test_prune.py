@@ -225,6 +225,20 @@ def test_what_cannot_be_removed_says_why(how: str, why: str) -> None:
         prune(net, {"norm": torch.arange(8) < 4}, x)
 
 
+def test_widths_fixed_in_code() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.a(x))
+            return self.b(y).reshape(y.shape)
+
+    with pytest.raises(ValueError, match=r"masks=\['norm'\]: code of the network fixes their channels"):
+        prune(Fixed().eval(), {"norm": torch.arange(8) < 4}, torch.randn(1, 3, 4, 4))
+
+
 def test_bad_masks() -> None:
     net, x = randomised(Plain()), torch.randn(1, 3, 6, 6)
     keep = torch.arange(8) < 4

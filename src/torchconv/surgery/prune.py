@@ -101,14 +101,14 @@ def prune(
 
     It computes what ``model`` computes when the removed channels' γ and β are zero (and their activation makes zero of
     it). A channel whose γ alone is zero still feeds the constant act(β) to the layers behind. That is lost, and a short
-    fine-tuning makes up for it, or ``absorb`` keeps it.
+    fine-tuning makes up for it, or ``absorb`` keeps it. What layers without a norm add to these channels is lost too.
 
     Args:
         model: any module; it stays as it is.
         masks: batch norm → which of its channels stay, (channels,) of bool. Norms without an entry keep all. Norms of
             one group have one mask, see :func:`torchconv.compress.masksparsity.channel_masks`.
         example: an input (a tuple of arguments, a dict of keywords) to find the groups with and to count on; unset, one
-            is made up where groups have to be found.
+            is made up where groups have to be found. Given, the new network is seen to run on it.
         groups: given instead of found.
         absorb: add what the removed channels feed to the layers behind, when their γ is zero, to the biases of these.
             Exact but for borders that a convolution pads with zeros. Needs ``example``; transposed convolutions are
@@ -154,7 +154,14 @@ def prune(
             layer.bias += shift if stay is None else shift[stay.to(shift.device)]
     macs = None
     if example is not None:
-        macs = (_macs(model, example), _macs(new, example))
+        before = _macs(model, example)
+        try:
+            macs = (before, _macs(new, example))
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:120]
+            raise ValueError(
+                f"masks={sorted(channels)[:3]}: code of the network fixes their channels ({why})"
+            ) from None
     report = PruneReport(channels, (parameter_count(model), parameter_count(new)), macs)
     new.prune_report = report  # type: ignore[assignment]
     edits: list[Edit] = [
