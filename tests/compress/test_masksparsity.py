@@ -68,7 +68,7 @@ def test_the_penalty_has_the_gradient(kind: str) -> None:
         loss = sparsity_penalty(gamma, mask, 0.2, kind, 0.1)
         [grad] = torch.autograd.grad(loss, gamma)
         assert torch.equal(grad, sparse_gradient(gamma.detach(), mask, 0.2, kind, 0.1))
-    assert float(sparsity_penalty(gamma, torch.ones(6, dtype=torch.bool), 0.2, kind, 0.1)) == 0
+    assert float(sparsity_penalty(gamma.detach(), torch.ones(6, dtype=torch.bool), 0.2, kind, 0.1)) == 0
 
 
 def test_smooth_penalty_is_continuous() -> None:

@@ -105,7 +105,7 @@ def optimal_threshold(gamma: Tensor, energy: float = 1e-4) -> float:
     """
     check(gamma.dim() == 1 and gamma.numel() > 0, "gamma", tuple(gamma.shape), "expected the scales of one layer")
     check(energy >= 0, "energy", energy, "must not be negative")
-    values = gamma.detach().double().abs().clamp(min=1e-18).sort().values
+    values = gamma.detach().cpu().double().abs().clamp(min=1e-18).sort().values
     if float(values[-1]) < 1e-3:
         return 1.0
     lost = values.square().cumsum(0) / values.square().sum()
@@ -214,7 +214,7 @@ def channel_masks(
     check(ratio is None or 0 <= ratio < 1, "ratio", ratio, "is the share of channels that goes, in [0, 1)")
     scales = _scales(model, norms)
     if ratio is not None and scope == "global" and scales:
-        everything = torch.cat([g.double().abs() for g in scales.values()]).sort().values
+        everything = torch.cat([g.cpu().double().abs() for g in scales.values()]).sort().values
         gone = round(ratio * len(everything))
         threshold, ratio = (float(everything[gone - 1]) if gone else -1.0), None
     own: dict[str, Tensor] = {}
