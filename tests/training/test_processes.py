@@ -18,8 +18,8 @@ from torchconv.training import FitConfig, fit
 CONFIG = FitConfig(
     epochs=4, batch_size=8, lr=0.02, grad_accum=2, ema=0.9, clip_grad=1.0, augment="flip", early_stop=3, device="cpu"
 )
-# DistributedDataParallel keeps gloo's threads past destroy_process_group, and an interpreter that ends while one of them
-# waits for its lock is aborted ("terminate called without an active exception"): the workers leave without that end.
+# DistributedDataParallel keeps gloo's threads past destroy_process_group, and an interpreter that ends while one of
+# them waits for its lock is aborted ("terminate called without an active exception"): the workers leave without it.
 WORKER = """
 import os
 import sys
