@@ -50,8 +50,8 @@ def first(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "training", "merged"),
     [
-        ("deeprft", 10_189_449, 9_551_088),  # published: 9.6 million
-        ("deeprft_plus", 24_478_857, 22_969_584),  # published: 23.0 million
+        ("deeprft", 10_189_449, 9_551_088),  # published, from memory: 9.6 million
+        ("deeprft_plus", 24_478_857, 22_969_584),  # published, from memory: 23.0 million
         ("deeprftv2_base", 21_181_752, None),
     ],
 )

@@ -294,11 +294,11 @@ def deeprft_small(**options: Any) -> DeepRFT:
 
 @register_model("deeprftv2")
 def deeprft(**options: Any) -> DeepRFT:
-    """DeepRFT: 8 blocks each, 9,551,088 parameters merged (published: 9.6 million)."""
+    """DeepRFT: 8 blocks each, 9,551,088 parameters merged (published, from memory: 9.6 million)."""
     return DeepRFT(**options)
 
 
 @register_model("deeprftv2")
 def deeprft_plus(**options: Any) -> DeepRFT:
-    """DeepRFT+: 20 blocks each, 22,969,584 parameters merged (published: 23.0 million)."""
+    """DeepRFT+: 20 blocks each, 22,969,584 parameters merged (published, from memory: 23.0 million)."""
     return DeepRFT(**{"num_blocks": 20, **options})
