@@ -197,9 +197,10 @@ class NystromGAP(nn.Module):
         """(N, H, W, P) → (N, P)."""
         check(g.ti.dim() == 4, "ti", tuple(g.ti.shape), "give blocks of images, (N, H, W, P)")
         factor, ti = cholesky(g.ii), g.ti.mean((1, 2))
-        left = g.t - (projected(factor, g.ti) * g.ti).sum(-1)
+        a = projected(factor, g.ti)
+        left = g.t - (a * g.ti).sum(-1)
         positions = g.t.shape[1] * g.t.shape[2]
-        t = ((projected(factor, ti) * ti).sum(-1) + left.sum((1, 2)) / positions**2).clamp(min=0)
+        t = ((a.mean((1, 2)) * ti).sum(-1) + left.sum((1, 2)) / positions**2).clamp(min=0)
         ii = g.ii
         if hasattr(self, "latent_learned_weights"):
             ii, ti = _mixed(ii, ti, self.latent_learned_weights)

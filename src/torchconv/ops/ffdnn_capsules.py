@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
+from torchconv.kernels.precision import widen
 from torchconv.ops._common import check_input
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def squash(s: Tensor, eps: float = 1e-8) -> Tensor:
@@ -42,7 +41,7 @@ def squash(s: Tensor, eps: float = 1e-8) -> Tensor:
 
     Reference: arXiv 1710.09829, equation 1.
     """
-    wide = s.float() if s.dtype in _HALF else s
+    wide = widen(s)
     squared = wide.square().sum(-1, keepdim=True)
     return (wide * (squared / (1 + squared) * torch.rsqrt(squared + eps))).to(s.dtype)
 

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels.precision import widen
 from torchconv.ops._common import check_input
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _complex(weight: Tensor) -> Tensor:
-    return torch.view_as_complex((weight.float() if weight.dtype in _HALF else weight).contiguous())
+    return torch.view_as_complex(widen(weight).contiguous())
 
 
 def time_kernel(weight: Tensor, length: int) -> Tensor:
@@ -85,7 +84,7 @@ def fourier_kernel_conv(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[0] == 0:  # not every FFT library takes an empty batch
         return x.new_zeros(0, weight.shape[1] if mixing else x.shape[1], length)
     gain = _complex(weight)
-    spectrum = torch.fft.rfft(x.float() if x.dtype in _HALF else x)
+    spectrum = torch.fft.rfft(widen(x))
     y = torch.einsum("bif,iof->bof", spectrum, gain) if mixing else spectrum * gain
     return torch.fft.irfft(y, n=length).to(x.dtype)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchconv._common import check, check_positive
 from torchconv.catalog import part
 from torchconv.kernels._layout import keep_layout
+from torchconv.kernels.precision import widen
 from torchconv.ops._common import (
     BATCH_NORM,
     CONV,
@@ -31,7 +32,6 @@ from torchconv.ops._common import (
 )
 
 _AVG_POOL: tuple[Any, ...] = (None, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def on_spectrum(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -56,11 +56,11 @@ def on_spectrum(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     if x.shape[0] == 0:  # not every FFT library takes an empty batch
         outputs = change(x.new_zeros(0, 2 * x.shape[1], *sizes[:-1], sizes[-1] // 2 + 1)).shape[1] // 2
         return x.new_zeros(0, outputs, *sizes)
-    wide = x.float() if x.dtype in _HALF else x
+    wide = widen(x)
     spectrum = torch.view_as_real(torch.fft.rfftn(wide, dim=axes, norm="ortho"))
     y = change(spectrum.movedim(-1, 2).flatten(1, 2).to(x.dtype))
     pairs = y.unflatten(1, (-1, 2)).movedim(2, -1)
-    real, imaginary = (pairs.float() if pairs.dtype in _HALF else pairs).unbind(-1)
+    real, imaginary = widen(pairs).unbind(-1)
     back = torch.fft.irfftn(torch.complex(real, imaginary), s=sizes, dim=axes, norm="ortho")
     return keep_layout(back.to(y.dtype), x)
 

@@ -14,6 +14,7 @@ costs about their number times the degeneracy of the graph.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -254,28 +255,37 @@ def _walk(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     """Multiplication by a matrix. PyTorch's own gradient of a sparse one sorts the transpose anew at each product."""
     if matrix.layout == torch.strided:
         return lambda x: matrix @ x
-    rows = matrix if matrix.layout == torch.sparse_csr else matrix.to_sparse_csr()
-    columns = rows.t().to_sparse_csr()
+    both = _BothWays(matrix if matrix.layout == torch.sparse_csr else matrix.to_sparse_csr())
 
     def step(x: Tensor) -> Tensor:
-        y: Tensor = _Product.apply(rows, columns, x)
+        y: Tensor = _Product.apply(both, x)
         return y
 
     return step
 
 
+class _BothWays:
+    """A sparse matrix, and its transpose once somebody asks for it."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    @functools.cached_property
+    def turned(self) -> _BothWays:
+        return _BothWays(self.rows.t().to_sparse_csr())
+
+
 class _Product(torch.autograd.Function):
-    """rows @ x, with the transpose of ``rows`` at hand."""
+    """The product with a sparse matrix; its gradient is the one with the transpose."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        return rows @ x
+    def forward(ctx: Any, both: _BothWays, x: Tensor) -> Tensor:
+        ctx.both = both
+        return both.rows @ x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        rows, columns = ctx.saved_tensors
-        return None, None, _Product.apply(columns, rows, grad.contiguous())
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _Product.apply(ctx.both.turned, grad.contiguous())
 
 
 STARTS = ("ppr", "sgc", "nppr", "random", "given")

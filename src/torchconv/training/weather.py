@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchconv._common import check, check_choice, check_positive
 from torchconv.catalog import part
+from torchconv.kernels.precision import widen
 from torchconv.models.forecast.puyun_rollout import Moment, calendar
 
 WEIGHTS = ("area", "cosine")
@@ -91,7 +92,7 @@ def spatial_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
         tensor(3.2500)
     """
     check(x.dim() >= 2, "x", tuple(x.shape), "expected (…, latitude, longitude)")
-    x = _widened(x)
+    x = widen(x)  # squares of geopotentials do not fit in half precision
     if weights is None:
         return x.mean((-2, -1))
     grid = tuple(x.shape[-2:])
@@ -102,24 +103,19 @@ def spatial_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return (torch.where(weights > 0, x, 0) * weights).sum((-2, -1)) / weights.sum()
 
 
-def _widened(x: Tensor) -> Tensor:
-    """Half precision as single: squares of geopotentials do not fit in the former."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def mse(forecast: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error of every field: (…, H, W), twice → (…)."""
-    return spatial_mean((_widened(forecast) - truth).square(), weights)
+    return spatial_mean((widen(forecast) - truth).square(), weights)
 
 
 def mae(forecast: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean absolute error of every field: (…, H, W), twice → (…)."""
-    return spatial_mean((_widened(forecast) - truth).abs(), weights)
+    return spatial_mean((widen(forecast) - truth).abs(), weights)
 
 
 def bias(forecast: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of forecast − truth of every field: (…, H, W), twice → (…)."""
-    return spatial_mean(_widened(forecast) - truth, weights)
+    return spatial_mean(widen(forecast) - truth, weights)
 
 
 def rmse(
@@ -165,7 +161,7 @@ def acc(forecast: Tensor, truth: Tensor, climatology: Tensor, weights: Tensor | 
         >>> acc(3 * truth, truth, torch.zeros(8, 16))
         tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
     """
-    forecast, truth = _widened(forecast) - climatology, _widened(truth) - climatology
+    forecast, truth = widen(forecast) - climatology, widen(truth) - climatology
     product, own, other = (spatial_mean(a * b, weights) for a, b in _pairs(forecast, truth))
     return product / (own * other).sqrt()
 
@@ -214,7 +210,7 @@ def climatology(
 
 def activity(fields: Tensor, climatology: Tensor, weights: Tensor | None = None) -> Tensor:
     """Standard deviation of the anomalies of every field: (…, H, W) → (…)."""
-    anomaly = _widened(fields) - climatology
+    anomaly = widen(fields) - climatology
     centred = anomaly - spatial_mean(anomaly, weights)[..., None, None]
     return spatial_mean(centred.square(), weights).sqrt()
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchconv._common import check, check_positive, ntuple, require
+from torchconv.kernels.precision import widen
 
 MAX_CANDIDATES = 30_000  # boxes of an image that enter the suppression
 GREY = 114 / 255
@@ -132,7 +133,7 @@ def suppress(
         check(0 <= value <= 1, name, value, "must lie in [0, 1]")
     ops = require("torchvision.ops", "models")
     found = []
-    for image in predictions.float() if predictions.dtype in (torch.float16, torch.bfloat16) else predictions:
+    for image in widen(predictions):
         boxes, table = corners(image[:4].T), image[4:].T
         if multi_label:
             row, label = (table > conf).nonzero().T

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchconv._common import check_choice, check_positive
+from torchconv.kernels.precision import widen
 from torchconv.ops.mhafyolo import ConvBN, MultiKernelReparamConv2d
 
 BRANCHES = ("one2many", "one2one")
@@ -63,9 +64,7 @@ def expected_sides(logits: Tensor) -> Tensor:
 
 def flatten_maps(maps: Sequence[Tensor], reg_max: int) -> tuple[Tensor, Tensor]:
     """A branch's maps as logits of sides (B, A, 4, reg_max) and of classes (B, A, classes); halves become float32."""
-    flat = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
+    flat = widen(torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2))
     return flat[..., : 4 * reg_max].unflatten(2, (4, reg_max)), flat[..., 4 * reg_max :]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from torchconv._common import check, check_choice
 from torchconv.catalog import part
+from torchconv.kernels.precision import widen
 
 TAPS = 9
 KERNELS = 84
@@ -140,8 +141,7 @@ def _two_layers(x: Tensor, kernels: Tensor, dilation: int, variant: str) -> Tens
     """One series for all kernels, or one for each: (…, 1 or k, T) → (…, k, features)."""
     dtype, length = x.dtype, x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        if dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
+        x = widen(x)
         kernels = kernels.to(x.dtype)
         z = filtered(x, kernels, dilation)
         found = [] if variant == "L2" else [describe(z, dilation**-1.5, dtype)]
